@@ -1,0 +1,153 @@
+"""ModelScope text-to-video (damo-vilab/text-to-video-ms-1.7b) in its diffusers folder layout.
+
+Source: Wang et al. 2023; diffusers' TextToVideoSDPipeline. The mini text-to-video model has the same layout.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet3DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ..config import InputError, check, option
+from ..process import VariancePreserving
+from ..types import Conditioning, VideoSpec
+from .base import DTYPES, Defaults, fingerprint, load_frozen, reading
+
+_PUBLISHED = Defaults(VideoSpec(frames=16, height=384, width=384), steps=25, guidance=9.0)
+_MINI = Defaults(VideoSpec(frames=8, height=64, width=64), steps=20, guidance=4.0, rank=8, learning_rate=1e-3)
+
+
+@dataclass(frozen=True)
+class Config:
+    """folder: the checkpoint's folder, the one that holds model_index.json."""
+
+    folder: str = option("", "Folder of the checkpoint, the one that holds model_index.json.")
+    dtype: str = option(
+        "float32", "Precision in which the frozen weights are held. LoRA weights are always float32.", choices=tuple(DTYPES)
+    )
+
+
+def matches(folder: Path) -> bool:
+    """Whether a folder's model_index.json names this family's pipeline."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return index.get("_class_name") in ("TextToVideoSDPipeline", "VideoToVideoSDPipeline")
+
+
+def build(config: Config) -> ModelScope:
+    """Load the checkpoint onto the CPU.
+
+    Raises:
+        InputError: a part is missing, truncated or of another kind.
+    """
+    check(config)
+    folder, dtype = Path(config.folder), DTYPES[config.dtype]
+    with reading("scheduler configuration", folder):
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    with reading("tokenizer", folder / "tokenizer"):
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    return ModelScope(
+        name=folder.name,
+        denoiser=load_frozen(UNet3DConditionModel, folder / "unet", dtype, "denoiser"),
+        vae=load_frozen(AutoencoderKL, folder / "vae", dtype, "autoencoder"),
+        text_encoder=load_frozen(CLIPTextModel, folder / "text_encoder", dtype, "text encoder"),
+        tokenizer=tokenizer,
+        process=VariancePreserving.from_config(scheduler),
+    )
+
+
+class ModelScope:
+    """See `vader_backend.models.base.VideoModel`."""
+
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_prefix = "unet."
+
+    def __init__(
+        self,
+        name: str,
+        denoiser: UNet3DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: CLIPTextModel,
+        tokenizer: CLIPTokenizer,
+        process: VariancePreserving,
+    ) -> None:
+        self.name = name
+        self.denoiser = denoiser
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.process = process
+        self.fingerprint = fingerprint(denoiser)
+        self.blocks: Sequence[nn.Module] = [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
+        self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.defaults = _PUBLISHED if denoiser.config.sample_size >= 32 else _MINI
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"denoiser": self.denoiser, "vae": self.vae, "text_encoder": self.text_encoder}
+
+    def check(self, video: VideoSpec) -> None:
+        multiple = self.scale * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
+        for name, value in (("height", video.height), ("width", video.width)):
+            if value < multiple or value % multiple:
+                raise InputError(f"{name} is {value}; {self.name} needs a multiple of {multiple}.")
+        if video.frames < 1:
+            raise InputError(f"frames is {video.frames}; it must be at least 1.")
+
+    def latent_shape(self, video: VideoSpec, batch: int) -> torch.Size:
+        channels = self.denoiser.config.in_channels
+        return torch.Size((batch, channels, video.frames, video.height // self.scale, video.width // self.scale))
+
+    def truncated(self, prompt: str) -> str:
+        limit = self.tokenizer.model_max_length - 2
+        tokens = self.tokenizer(prompt, add_special_tokens=False, verbose=False).input_ids
+        return self.tokenizer.decode(tokens[limit:]).strip()
+
+    @torch.no_grad()
+    def encode(
+        self,
+        prompts: Sequence[str],
+        video: VideoSpec,
+        *,
+        negative: str = "",
+        images: Tensor | None = None,
+        rng: torch.Generator | None = None,
+    ) -> Conditioning:
+        if images is not None:
+            raise InputError(f"{self.name} is a text-to-video model; it takes no images.")
+        text = self._encode_text([negative, *prompts])
+        return Conditioning({"text": text[1:]}, {"text": text[:1].expand(len(prompts), -1, -1)})
+
+    def _encode_text(self, texts: Sequence[str]) -> Tensor:
+        tokens = self.tokenizer(list(texts), padding="max_length", truncation=True, return_tensors="pt")
+        device = next(self.text_encoder.parameters()).device
+        return self.text_encoder(tokens.input_ids.to(device)).last_hidden_state.float()
+
+    @torch.no_grad()
+    def encode_video(self, video_BTCHW: Tensor) -> Tensor:
+        batch = len(video_BTCHW)
+        frames = video_BTCHW.flatten(0, 1).to(self.vae.device, self.vae.dtype) * 2 - 1
+        latents = torch.cat([self.vae.encode(part).latent_dist.mean for part in frames.split(16)])
+        return latents.unflatten(0, (batch, -1)).transpose(1, 2).float() * self.vae.config.scaling_factor
+
+    def predict(self, z: Tensor, t: float, cond: dict[str, Tensor]) -> Tensor:
+        dtype = self.denoiser.dtype
+        return self.denoiser(z.to(dtype), t, cond["text"].to(dtype)).sample.float()
+
+    def decode(self, z: Tensor, indices: Sequence[int]) -> Tensor:
+        batch = len(z)
+        latents = z[:, :, list(indices)].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
+        frames = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+        return (frames / 2 + 0.5).clamp(0, 1).unflatten(0, (batch, -1))
