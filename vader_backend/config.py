@@ -51,8 +51,14 @@ def check_value(name: str, value: Any, field: dataclasses.Field[Any]) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{name} is {value}; enter a finite number.")
     low, high = field.metadata.get("low"), field.metadata.get("high")
-    if low is not None and value < low or high is not None and value > high:
-        bounds = f"between {low} and {high}" if None not in (low, high) else f"at least {low}" if high is None else f"at most {high}"
+    if (low is not None and value < low) or (high is not None and value > high):
+        bounds = (
+            f"between {low} and {high}"
+            if None not in (low, high)
+            else f"at least {low}"
+            if high is None
+            else f"at most {high}"
+        )
         raise InputError(f"{name} is {value}; it must be {bounds}.")
     choices = field.metadata.get("choices")
     if choices is not None and value not in choices:

@@ -141,7 +141,8 @@ class VariancePreserving:
         if self.spacing == "linspace":
             return [round((total - 1) * (1 - i / max(steps - 1, 1))) for i in range(steps)]
         stride = total // steps
-        return [min(i * stride + self.steps_offset, total - 1) for i in reversed(range(steps))]
+        offset = min(self.steps_offset, total - 1 - (steps - 1) * stride)
+        return [i * stride + offset for i in reversed(range(steps))]
 
 
 def _betas(config: Mapping[str, Any]) -> Tensor:

@@ -113,7 +113,10 @@ def _shape(mask_THW: Tensor, center: Tensor) -> str | None:
         radius = (mask_THW.sum((1, 2)) / unit).sqrt()[:, None, None]
         middle = center - offset * radius[:, :, 0]
         template = shape_mask(
-            shape, grid[None, None, :] - middle[:, 0, None, None], grid[None, :, None] - middle[:, 1, None, None], radius
+            shape,
+            grid[None, None, :] - middle[:, 0, None, None],
+            grid[None, :, None] - middle[:, 1, None, None],
+            radius,
         )
         union = torch.maximum(template, mask_THW).sum((1, 2))
         overlap[shape] = float((torch.minimum(template, mask_THW).sum((1, 2)) / union).mean())

@@ -55,9 +55,7 @@ class Scene:
         return (code + 3 * list(MOTIONS).index(self.motion)) % 6 != 0
 
 
-ALL_SCENES: tuple[Scene, ...] = tuple(
-    Scene(*words) for words in product(COLORS, SHAPES, MOTIONS, BACKGROUNDS)
-)
+ALL_SCENES: tuple[Scene, ...] = tuple(Scene(*words) for words in product(COLORS, SHAPES, MOTIONS, BACKGROUNDS))
 SEEN_SCENES: tuple[Scene, ...] = tuple(s for s in ALL_SCENES if s.seen)
 UNSEEN_SCENES: tuple[Scene, ...] = tuple(s for s in ALL_SCENES if not s.seen)
 _BY_CAPTION = {scene.caption: scene for scene in ALL_SCENES}

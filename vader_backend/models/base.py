@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -148,5 +148,5 @@ def load_frozen(cls: Any, folder: Path, dtype: torch.dtype, what: str) -> Any:
         )
         missing = sorted(info["missing_keys"])
         if missing or info.get("mismatched_keys"):
-            raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0] if missing else 'misshapen'}")
+            raise ValueError(f"{len(missing)} weights are missing or misshapen: {missing[:1]}")
     return model.eval().requires_grad_(False)

@@ -30,7 +30,9 @@ class Config:
 
     folder: str = option("", "Folder of the checkpoint, the one that holds model_index.json.")
     dtype: str = option(
-        "float32", "Precision in which the frozen weights are held. LoRA weights are always float32.", choices=tuple(DTYPES)
+        "float32",
+        "Precision in which the frozen weights are held. LoRA weights are always float32.",
+        choices=tuple(DTYPES),
     )
 
 

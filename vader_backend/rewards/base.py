@@ -18,12 +18,13 @@ class Reward(Protocol):
     """Scores videos; higher is better.
 
     name: short, for reports. differentiable: whether gradient reaches the pixels.
-    frames: which frames it looks at.
+    frames: which frames it looks at. description: what it is, as JSON, so that runs can be told apart.
     """
 
     name: str
     differentiable: bool
     frames: FrameSpec | UnionSpec
+    description: dict[str, Any]
 
     def networks(self) -> Sequence[nn.Module]:
         """Its frozen networks, for whoever places them on devices."""
@@ -53,6 +54,7 @@ class SingleReward(ABC):
     name: str
     differentiable = True
     frames = FrameSpec("random", 1)
+    description: dict[str, Any]
 
     def parts(self, video_BTCHW: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> dict[str, Tensor]:
         return {self.name: self(video_BTCHW, prompts, indices)}
@@ -85,6 +87,10 @@ class Towards:
     @property
     def frames(self) -> FrameSpec | UnionSpec:
         return self.part.frames
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"towards": self.part.description, "target": self.target, "weight": self.weight, "form": self.form}
 
     def networks(self) -> Sequence[nn.Module]:
         return self.part.networks()
@@ -138,6 +144,10 @@ class Combined:
     def differentiable(self) -> bool:
         """Whether every part that counts is."""
         return all(r.differentiable for r, w in zip(self.rewards, self.weights, strict=True) if w)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"sum": [reward.description for reward in self.rewards], "weights": self.weights}
 
     def networks(self) -> Sequence[nn.Module]:
         return [network for reward in self.rewards for network in reward.networks()]

@@ -1,0 +1,178 @@
+"""One whole alignment: find or start the run folder, train, write the LoRA."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import check
+from .generate import VideoConfig
+from .lora import LoraConfig, LoraWeights, attached, export
+from .memory.gradient_checkpointing import gradient_checkpointing
+from .models.base import VideoModel
+from .objectives.base import Validation
+from .prompts import PromptSet
+from .registry import load
+from .rewards.base import Reward
+from .runs import RunFolder
+from .trainer import Hooks, TrainOptions, new_accelerator, train
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything about a run but model, reward and prompts.
+
+    objective: the Config of the method, a file of objectives/.
+    """
+
+    objective: Any
+    method: str = "vader"
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    video: VideoConfig = field(default_factory=VideoConfig)
+
+    def check(self) -> None:
+        """Raises InputError where a value is outside its range or not finite."""
+        for part in (self.objective, self.lora, self.train, self.video):
+            check(part)
+
+
+@dataclass(frozen=True)
+class AlignResult:
+    """lora: what was trained. reused: whether a finished run of the same configuration was found."""
+
+    lora: LoraWeights
+    losses: list[float]
+    rewards: list[float]
+    skipped: int
+    folder: Path
+    reused: bool
+
+
+def align(
+    model: VideoModel,
+    reward: Reward,
+    prompts: PromptSet,
+    settings: Settings,
+    *,
+    root: Path,
+    name: str = "vader",
+    start: LoraWeights | None = None,
+    hooks: Hooks | None = None,
+) -> AlignResult:
+    """Train a LoRA, or return that of a finished run; an interrupted run of the same configuration goes on.
+
+    Args:
+        root: folder of all runs; the run's own is `<root>/<name>_<configuration hash>`.
+        start: a LoRA to start from.
+
+    Raises:
+        InputError: a setting, prompt, reward or LoRA does not fit; nothing has been written then.
+        TrainingError: training diverged.
+    """
+    settings.check()
+    hooks = hooks or Hooks()
+    video = settings.video.resolve(model)
+    objective = load("objectives", settings.method).build(
+        settings.objective, model, reward, prompts.train, prompts.held_out, video,
+        seed=settings.train.seed, on_step=hooks.on_sample_step,
+    )  # fmt: skip
+    accelerator = new_accelerator(model.device)
+    rank = settings.lora.rank or model.defaults.rank
+    with ExitStack() as stack:
+        parameters = stack.enter_context(attached(model, settings.lora, seed=settings.train.seed, start=start))
+        configuration = _configuration(model, reward, prompts, settings, start, accelerator.num_processes)
+        folder = RunFolder(root, name, configuration, write=accelerator.is_main_process)
+        found = folder.finished()
+        if found is not None:
+            return _result(found[0], found[1], folder, reused=True)
+        if settings.train.gradient_checkpointing:
+            stack.enter_context(gradient_checkpointing(model))
+        accelerator.wait_for_everyone()
+        result, tensors = train(
+            parameters, objective, settings.train,
+            learning_rate=settings.train.learning_rate or model.defaults.learning_rate,
+            accelerator=accelerator, hooks=_recording(hooks, folder, video.fps), checkpoints=folder.checkpoints,
+            loss_scaling=next(model.denoiser.parameters()).dtype == torch.float16,
+        )  # fmt: skip
+    scale = (settings.lora.alpha or rank) / rank if start is None else 1.0
+    curves = {"steps": result.step, "losses": result.losses, "rewards": result.rewards, "skipped": result.skipped}
+    lora = export(model, tensors, scale, _metadata(model, reward, settings, rank, folder.hash))
+    if not result.stopped:
+        folder.finish(lora, curves)
+    accelerator.wait_for_everyone()
+    return _result(lora, curves, folder, reused=False)
+
+
+def _result(lora: LoraWeights, curves: dict[str, Any], folder: RunFolder, *, reused: bool) -> AlignResult:
+    return AlignResult(lora, curves["losses"], curves["rewards"], curves["skipped"], folder.path, reused)
+
+
+def _recording(hooks: Hooks, folder: RunFolder, fps: float) -> Hooks:
+    """The hooks, which also write the metrics and previews of the run folder."""
+    rewound = False
+
+    def progress(done: int, total: int, metrics: dict[str, float]) -> None:
+        nonlocal rewound
+        if not rewound:
+            folder.rewind(done - 1)
+            rewound = True
+        folder.log(done, metrics)
+        hooks.progress(done, total, metrics)
+
+    def preview(done: int, validation: Validation) -> None:
+        folder.preview(done, validation.video_BTCHW, fps)
+        hooks.preview(done, validation)
+
+    return replace(hooks, progress=progress, preview=preview)
+
+
+def _configuration(
+    model: VideoModel,
+    reward: Reward,
+    prompts: PromptSet,
+    settings: Settings,
+    start: LoraWeights | None,
+    processes: int,
+) -> dict[str, Any]:
+    """All that decides the result of a run, as JSON."""
+    return {
+        "model": {"name": model.name, "fingerprint": model.fingerprint},
+        "precision": str(next(model.denoiser.parameters()).dtype).removeprefix("torch."),
+        "reward": reward.description,
+        "prompts": asdict(prompts),
+        "settings": asdict(settings),
+        "start": _digest(start),
+        "processes": processes,
+    }
+
+
+def _digest(weights: dict[str, Tensor] | None) -> str | None:
+    if weights is None:
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _metadata(model: VideoModel, reward: Reward, settings: Settings, rank: int, run_hash: str) -> dict[str, str]:
+    """What a LoRA file says of itself."""
+    return {
+        "format": "pt",
+        "base_model": model.name,
+        "base_fingerprint": model.fingerprint,
+        "method": settings.method,
+        "rewards": json.dumps(reward.description, sort_keys=True),
+        "steps": str(settings.train.steps),
+        "k": str(getattr(settings.objective, "k", "")),
+        "rank": str(rank),
+        "configuration_hash": run_hash,
+    }

@@ -1,0 +1,1 @@
+"""Scores, tables and pictures that compare a base model with an aligned one."""

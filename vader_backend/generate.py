@@ -1,0 +1,105 @@
+"""Prompts in, videos out: sampling without gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import InputError, check, option
+from .models.base import VideoModel
+from .rng import generator
+from .sampling import GradPlan, sample
+from .types import VideoSpec
+
+
+@dataclass(frozen=True)
+class VideoConfig:
+    """Size of the videos; 0 stands for the model's own."""
+
+    frames: int = option(0, "Frames per video; 0 takes the model's own number.", low=0, high=1024)
+    height: int = option(0, "Height in pixels; 0 takes the model's own.", low=0, high=4096, step=8)
+    width: int = option(0, "Width in pixels; 0 takes the model's own.", low=0, high=4096, step=8)
+
+    def resolve(self, model: VideoModel) -> VideoSpec:
+        """The size to use with a model. Raises InputError where the model cannot make it."""
+        own = model.defaults.video
+        video = VideoSpec(self.frames or own.frames, self.height or own.height, self.width or own.width, own.fps)
+        model.check(video)
+        return video
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How videos are sampled; 0 stands for the model's published value."""
+
+    seed: int = option(0, "Seed of the noise; each prompt draws its own noise from it.", low=0, high=2**53)
+    steps: int = option(0, "Denoising steps; 0 takes the model's published number.", low=0, high=1000)
+    guidance: float = option(
+        0.0, "Classifier-free guidance; 1 = none, 0 = the model's published value.", low=0.0, high=100.0, step=0.1
+    )
+    eta: float = option(0.0, "Fresh noise per step: 0 = DDIM, 1 = as much as DDPM.", low=0.0, high=1.0, step=0.05)
+    negative_prompt: str = option("", "What the videos should not show.", multiline=True)
+    batch_size: int = option(8, "Videos denoised at a time; fewer need less memory.", low=1, high=256)
+
+
+def initial_noise(model: VideoModel, video: VideoSpec, keys: Sequence[tuple[int | str, ...]]) -> Tensor:
+    """Unit-variance noise, one sample per random key, on the model's device."""
+    shape = model.latent_shape(video, 1)
+    return torch.cat([torch.randn(shape, generator=generator(*key)) for key in keys]).to(model.device)
+
+
+@torch.no_grad()
+def generate(
+    model: VideoModel,
+    prompts: Sequence[str],
+    config: SampleConfig,
+    video: VideoConfig | None = None,
+    *,
+    on_step: Callable[[int, int, Callable[[], Tensor]], None] | None = None,
+) -> Tensor:
+    """Sample one video per prompt.
+
+    Equal seed, place in the list and settings give equal noise, whatever LoRA is applied and
+    however the prompts are batched.
+
+    Args:
+        on_step: called after each denoising step with (steps done, steps in all, preview); preview()
+            decodes one frame [3, H, W] of the unfinished video. What it raises ends the sampling.
+
+    Returns:
+        [B, T, 3, H, W] float32 in [0, 1] on the CPU.
+
+    Raises:
+        InputError: no prompts, or settings that the model cannot take.
+    """
+    check(config)
+    if not prompts:
+        raise InputError("There is no prompt to sample; add one to the Prompts node.")
+    spec = (video or VideoConfig()).resolve(model)
+    schedule = model.process.schedule(config.steps or model.defaults.steps, spec)
+    total = len(schedule) * -(-len(prompts) // config.batch_size)
+    done = 0
+    videos = []
+    for start in range(0, len(prompts), config.batch_size):
+        rows = range(start, min(start + config.batch_size, len(prompts)))
+        cond = model.encode([prompts[r] for r in rows], spec, negative=config.negative_prompt).to(model.device)
+
+        def noise(i: int, rows: range = rows) -> Tensor:
+            return initial_noise(model, spec, [(config.seed, "sample", r, "step", i) for r in rows])
+
+        def report(i: int, z: Tensor) -> None:
+            nonlocal done
+            done += 1
+            if on_step is not None:
+                on_step(done, total, lambda: model.decode(z[:1], [spec.frames // 2])[0, 0].cpu())
+
+        start_noise = initial_noise(model, spec, [(config.seed, "sample", r, "start") for r in rows])
+        rollout = sample(
+            model, start_noise, cond, schedule, GradPlan.none(len(schedule)),
+            guidance=config.guidance or model.defaults.guidance, eta=config.eta, noise=noise, on_step=report,
+        )  # fmt: skip
+        videos.append(model.decode(rollout.latents, range(spec.frames)).cpu())
+    return torch.cat(videos)

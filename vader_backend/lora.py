@@ -1,0 +1,227 @@
+"""LoRA on the denoiser: attach, take out, save, load, apply.
+
+A LoRA file holds `<prefix><module>.lora_A.weight` and `.lora_B.weight`, with alpha / rank already
+multiplied into B. Readers that assume alpha = rank, or know no alpha, then all agree.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer, LoraModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .checkpoint import atomic_path
+from .config import InputError, option
+from .models.base import VideoModel
+
+_ADAPTER = "vader"
+_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "unet.")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Shape of a LoRA. 0 stands for the model family's published value (alpha: equal to the rank)."""
+
+    rank: int = option(0, "Rank of the LoRA; 0 takes the model's published value.", low=0, high=1024)
+    alpha: float = option(
+        0.0, "The update is scaled by alpha / rank; 0 = equal to the rank.", low=0.0, high=4096.0
+    )
+    dropout: float = option(
+        0.0, "Dropout on the LoRA's input, live only in differentiated steps.", low=0.0, high=0.9, step=0.01
+    )
+
+
+class LoraWeights(dict[str, Tensor]):
+    """The tensors of a LoRA file by key, as ComfyUI's LORA_MODEL, with the file's metadata beside them."""
+
+    metadata: dict[str, str]
+
+    def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+        super().__init__(tensors)
+        self.metadata = dict(metadata or {})
+
+
+class GradientDropout(nn.Dropout):
+    """Dropout that is live only where gradients are on: a rollout without gradient and a preview never see it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.dropout(input, self.p, training=torch.is_grad_enabled())
+
+
+def save_lora(path: Path, weights: LoraWeights) -> None:
+    """Write a .safetensors file with its metadata, atomically.
+
+    Raises:
+        InputError: the file cannot be written, for want of space or permission.
+    """
+    try:
+        with atomic_path(path) as temporary:
+            save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary, weights.metadata)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"The LoRA cannot be written to {path} ({error}); free some space or change its name."
+        ) from error
+
+
+def load_lora(path: Path) -> LoraWeights:
+    """Read a LoRA file.
+
+    Raises:
+        InputError: it is missing, truncated, a pickle, or holds no LoRA.
+    """
+    if path.suffix != ".safetensors":
+        raise InputError(f"The LoRA {path.name} is not a .safetensors file; pickles are not loaded. Convert it first.")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"The LoRA {path.name} is missing or not whole ({error}); get it again."
+        ) from error
+    if not any(key.endswith(".lora_A.weight") for key in tensors):
+        raise InputError(f"{path.name} holds no LoRA weights (no key ends in .lora_A.weight); choose another file.")
+    return LoraWeights(tensors, metadata)
+
+
+@contextmanager
+def attached(
+    model: VideoModel, config: LoraConfig, *, seed: int, start: LoraWeights | None = None
+) -> Iterator[dict[str, nn.Parameter]]:
+    """A trainable float32 LoRA on the denoiser; taken off again at the end.
+
+    Args:
+        start: weights of an earlier LoRA to go on from; their rank replaces the configured one.
+
+    Yields:
+        The trainable parameters by `<module>.lora_A.weight` / `<module>.lora_B.weight`.
+
+    Raises:
+        InputError: `start` does not fit the model.
+    """
+    rank = config.rank or model.defaults.rank
+    peft_config = peft.LoraConfig(
+        r=rank, lora_alpha=config.alpha or rank, lora_dropout=config.dropout, target_modules=list(model.lora_targets)
+    )
+    if start is not None:
+        tensors = _by_module(model, start)
+        peft_config = _config_for(tensors)
+    with _tuner(model, peft_config, seed):
+        if start is not None:
+            _fill(model, tensors, 1.0)
+        yield _parameters(model.denoiser)
+
+
+@contextmanager
+def applied(model: VideoModel, weights: LoraWeights | None, strength: float = 1.0) -> Iterator[None]:
+    """The denoiser with a LoRA of the given strength, without gradient; as before at the end.
+
+    Raises:
+        InputError: the LoRA was made for another base model.
+    """
+    if not weights or strength == 0:
+        yield
+        return
+    tensors = _by_module(model, weights)
+    with _tuner(model, _config_for(tensors), seed=0):
+        _fill(model, tensors, strength)
+        model.denoiser.requires_grad_(False)
+        yield
+
+
+def export(model: VideoModel, parameters: dict[str, Tensor], scale: float, metadata: dict[str, str]) -> LoraWeights:
+    """Trained parameters as a LoRA file's content; `scale` = alpha / rank goes into B."""
+    tensors = {
+        model.lora_prefix + name: (value.detach() * scale if ".lora_B." in name else value.detach())
+        .float()
+        .cpu()
+        .clone()
+        for name, value in parameters.items()
+    }
+    return LoraWeights(tensors, metadata)
+
+
+@contextmanager
+def _tuner(model: VideoModel, config: peft.LoraConfig, seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tuner = LoraModel(model.denoiser, config, _ADAPTER)
+    try:
+        for layer in _layers(model.denoiser).values():
+            if isinstance(layer.lora_dropout[_ADAPTER], nn.Dropout):
+                layer.lora_dropout[_ADAPTER] = GradientDropout(config.lora_dropout)
+            layer.lora_A[_ADAPTER].float()
+            layer.lora_B[_ADAPTER].float()
+        yield
+    finally:
+        tuner.unload()
+        if hasattr(model.denoiser, "peft_config"):
+            del model.denoiser.peft_config
+
+
+def _layers(denoiser: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in denoiser.named_modules() if isinstance(module, LoraLayer)}
+
+
+def _parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    found = {}
+    for name, layer in _layers(denoiser).items():
+        found[f"{name}.lora_A.weight"] = layer.lora_A[_ADAPTER].weight
+        found[f"{name}.lora_B.weight"] = layer.lora_B[_ADAPTER].weight
+    return found
+
+
+def _by_module(model: VideoModel, weights: LoraWeights) -> dict[str, Tensor]:
+    """The weights under the denoiser's own module names."""
+    modules = {name: module for name, module in model.denoiser.named_modules() if hasattr(module, "weight")}
+    result: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        name = key
+        for prefix in (*_PREFIXES, model.lora_prefix):
+            name = name.removeprefix(prefix)
+        module, _, kind = name.rpartition(".lora_")
+        if module not in modules or not _fits(modules[module].weight, kind, tensor):
+            made_for = weights.metadata.get("base_model", "another base model")
+            raise InputError(
+                f"This LoRA does not fit {model.name}: it has {key} of shape {list(tensor.shape)}. It was made for "
+                f"{made_for}; load that model, or choose another LoRA."
+            )
+        result[name] = tensor
+    return result
+
+
+def _fits(base: Tensor, kind: str, tensor: Tensor) -> bool:
+    if kind == "A.weight":
+        return tensor.shape[1] == base.shape[1]
+    return kind == "B.weight" and tensor.shape[0] == base.shape[0]
+
+
+def _config_for(tensors: dict[str, Tensor]) -> peft.LoraConfig:
+    ranks = {
+        name.removesuffix(".lora_A.weight"): len(t) for name, t in tensors.items() if name.endswith(".lora_A.weight")
+    }
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    other = {name: rank for name, rank in ranks.items() if rank != common}
+    return peft.LoraConfig(
+        r=common, lora_alpha=common, rank_pattern=other, alpha_pattern=other, target_modules=_exact(ranks)
+    )
+
+
+def _exact(names: Sequence[str] | dict[str, int]) -> list[str]:
+    return sorted(names)
+
+
+@torch.no_grad()
+def _fill(model: VideoModel, tensors: dict[str, Tensor], strength: float) -> None:
+    for name, parameter in _parameters(model.denoiser).items():
+        scale = strength if ".lora_B." in name else 1.0
+        parameter.copy_(tensors[name].to(parameter.device, parameter.dtype) * scale)

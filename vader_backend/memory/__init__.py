@@ -1,0 +1,1 @@
+"""Memory tricks: context managers on a model that never change the result."""

@@ -1,0 +1,143 @@
+"""The mini text-to-video model: UNet3DConditionModel and its text encoder, trained together on latents.
+
+Written as a diffusers folder in the layout of damo-vilab/text-to-video-ms-1.7b, but with zero
+terminal SNR, v-prediction and trailing spacing (Lin et al. 2023): with the usual schedule the mean
+brightness of a plain background leaks through the last noise level and sampling falls back to grey.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet3DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ...models.modelscope import ModelScope
+from ...process import VariancePreserving
+from ...rng import generator
+from ..world import FRAMES, SEEN_SCENES, random_look, random_scenes, render
+from .fit import SEED, fit
+from .tokenizer import MAX_TOKENS, save_tokenizer
+
+STEPS = 6000
+_BATCH = 16
+_POOL = 12000
+_DROP_TEXT = 0.1
+_WIDTH = 128
+SCHEDULER = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "set_alpha_to_one": True,
+    "clip_sample": False,
+}
+
+
+class TextToVideo(nn.Module):
+    """Both trained parts as one module."""
+
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+        super().__init__()
+        torch.manual_seed(SEED)
+        self.unet = UNet3DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+            block_out_channels=(64, 112),
+            layers_per_block=1,
+            cross_attention_dim=_WIDTH,
+            attention_head_dim=16,
+            norm_num_groups=16,
+        )
+        special = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=_WIDTH,
+                intermediate_size=2 * _WIDTH,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=MAX_TOKENS,
+                projection_dim=_WIDTH,
+                **special,
+            )
+        )
+
+
+def train_text_to_video(vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, steps: int = STEPS) -> TextToVideo:
+    """Train on fresh renders of seen scenes, encoded once."""
+    model = TextToVideo(tokenizer)
+    process = VariancePreserving.from_config(SCHEDULER)
+    latents, captions = _pool(vae)
+    tokens = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
+
+    def loss(step: int, rng: torch.Generator) -> Tensor:
+        rows = torch.randint(len(latents), (_BATCH,), generator=rng)
+        x0 = latents[rows].float()
+        noise = torch.randn(x0.shape, generator=rng)
+        # The noisiest times decide background, colour and place: they get more than their share.
+        t = (999 * torch.rand(_BATCH, generator=rng).pow(0.75)).round().long()
+        blank = torch.rand(_BATCH, generator=rng) < _DROP_TEXT
+        text = model.text_encoder(torch.where(blank[:, None], tokens[-1], tokens[rows])).last_hidden_state
+        output = model.unet(process.add_noise(x0, noise, t), t, text).sample.float()
+        return (output - process.target(x0, noise, t)).square().mean()
+
+    fit("text_to_video", model, loss, steps=steps, learning_rate=1e-3, work=work)
+    return model
+
+
+@torch.no_grad()
+def _pool(vae: AutoencoderKL) -> tuple[Tensor, list[str]]:
+    rng = generator(SEED, "text_to_video pool")
+    scenes = random_scenes(_POOL, rng, SEEN_SCENES)
+    parts = []
+    for i in range(0, _POOL, 100):
+        video = render(scenes[i : i + 100], random_look(100, rng), FRAMES)
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(video.flatten(0, 1) * 2 - 1).latent_dist.mean
+        parts.append(latents.float().unflatten(0, (-1, FRAMES)).transpose(1, 2).half())
+    return torch.cat(parts), [scene.caption for scene in scenes]
+
+
+def assemble(model: TextToVideo, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> ModelScope:
+    """The trained parts as the model that the loader would give."""
+    return ModelScope("mini", model.unet, vae, model.text_encoder, tokenizer, VariancePreserving.from_config(SCHEDULER))
+
+
+def save_text_to_video(model: TextToVideo, vae: AutoencoderKL, folder: Path) -> None:
+    """Write the diffusers folder, weights in float16."""
+    tokenizer = save_tokenizer(folder / "tokenizer")
+    model.unet.half().save_pretrained(folder / "unet")
+    vae.half().save_pretrained(folder / "vae")
+    model.text_encoder.half().save_pretrained(folder / "text_encoder")
+    _write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    index: dict[str, Any] = {
+        "_class_name": "TextToVideoSDPipeline",
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", type(tokenizer).__name__],
+        "unet": ["diffusers", "UNet3DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    _write_json(folder / "model_index.json", index)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

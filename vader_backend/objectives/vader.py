@@ -1,0 +1,189 @@
+"""VADER: maximise a reward by its gradient through the last denoising steps.
+
+Source: Algorithm 1 and section 4 of the paper. Section 4's R(i_k) for a random frame k is the
+reward's own frame choice, or the one set here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..config import InputError, check, option
+from ..generate import initial_noise
+from ..models.base import VideoModel
+from ..rewards.base import Reward
+from ..rng import generator
+from ..sampling import GradPlan, sample
+from ..types import FrameSpec, VideoSpec
+from .base import Batch, Validation
+
+TRUNCATIONS = ("last_k", "random_k", "random_start", "from_step", "uniform")
+
+
+@dataclass(frozen=True)
+class Config:
+    """How gradients flow; 0 stands for the model family's published value."""
+
+    sampling_steps: int = option(
+        0, "Denoising steps T of each rollout; 0 takes the model's published number.", low=0, high=1000
+    )
+    guidance: float = option(
+        0.0,
+        "Classifier-free guidance; both branches get gradient. 1 = none, 0 = the model's.",
+        low=0.0,
+        high=100.0,
+        step=0.1,
+    )
+    eta: float = option(0.0, "Fresh noise per step: 0 = DDIM, 1 = as much as DDPM.", low=0.0, high=1.0, step=0.05)
+    truncation: str = option(
+        "last_k",
+        "Which steps are differentiated: the last K; K random ones; all from a random one on; all from a given one "
+        "on; K evenly spread ones.",
+        choices=TRUNCATIONS,
+    )  # fmt: skip
+    k: int = option(
+        1,
+        "K: number of differentiated denoising steps (last_k, random_k, uniform). 1 is the paper's choice.",
+        low=1,
+        high=1000,
+    )
+    from_step: int = option(
+        0, "First differentiated step for the truncation from_step; 0 is the noisiest.", low=0, high=999
+    )
+    stop_input: bool = option(False, "Detach the denoiser's input in each differentiated step (DRTune).")
+    reward_frames: str = option(
+        "reward", "Frames that are decoded and scored: the reward's own, random, evenly spaced, the first, or all.",
+        choices=("reward", "random", "even", "first", "all"),
+    )  # fmt: skip
+    frame_count: int = option(1, "Number of frames for random, even and first.", low=1, high=1024)
+    negative_prompt: str = option("", "What the videos should not show.", multiline=True)
+
+    def check(self, sampling_steps: int) -> None:
+        """Raises InputError where K or from_step does not fit the number of steps, or a value its range."""
+        check(self)
+        if self.truncation in ("last_k", "random_k", "uniform") and not 1 <= self.k <= sampling_steps:
+            raise InputError(
+                f"K is {self.k}; with {sampling_steps} sampling steps it must be between 1 and {sampling_steps}."
+            )
+        if self.truncation == "from_step" and self.from_step >= sampling_steps:
+            raise InputError(
+                f"from_step is {self.from_step}; with {sampling_steps} sampling steps it must be below that."
+            )
+
+
+def build(
+    config: Config,
+    model: VideoModel,
+    reward: Reward,
+    prompts: Sequence[str],
+    held_out: Sequence[str],
+    video: VideoSpec,
+    *,
+    seed: int,
+    on_step: Callable[[], None] | None = None,
+) -> Vader:
+    """Check everything and encode the prompts once.
+
+    Raises:
+        InputError: a setting does not fit, or the reward has no gradient.
+    """
+    config.check(config.sampling_steps or model.defaults.steps)
+    if not reward.differentiable:
+        raise InputError(
+            f"The reward {reward.name} has no gradient, so VADER cannot train on it; use a differentiable reward, "
+            "or keep this one for Score Video."
+        )
+    if not prompts:
+        raise InputError("There is no prompt to train on; add one to the Prompts node.")
+    return Vader(config, model, reward, tuple(prompts), tuple(held_out), video, seed, on_step)
+
+
+@dataclass
+class Vader:
+    """See `vader_backend.objectives.base.Objective`."""
+
+    config: Config
+    model: VideoModel
+    reward: Reward
+    prompts: tuple[str, ...]
+    held_out: tuple[str, ...]
+    video: VideoSpec
+    seed: int
+    on_step: Callable[[], None] | None = None
+    validation_count: int = 4
+    _rows: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        steps = self.config.sampling_steps or self.model.defaults.steps
+        self.schedule = self.model.process.schedule(steps, self.video)
+        self.guidance = self.config.guidance or self.model.defaults.guidance
+        self.validation_prompts = (self.held_out or self.prompts)[: self.validation_count]
+        every = list(dict.fromkeys((*self.prompts, *self.validation_prompts)))
+        self._rows = {prompt: row for row, prompt in enumerate(every)}
+        self._cond = self.model.encode(every, self.video, negative=self.config.negative_prompt)
+        own = self.reward.frames
+        chosen = self.config.reward_frames
+        self.frames = own if chosen == "reward" else FrameSpec(chosen, self.config.frame_count)  # type: ignore[arg-type]
+
+    def collect(self, step: int, size: int) -> list[Batch]:
+        return [Batch(step, tuple(range(size)), tuple(self._prompt(step * size + i) for i in range(size)))]
+
+    def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        keys = [(self.seed, "train", batch.step, number) for number in batch.numbers]
+        latents = self._rollout(batch.prompts, keys, self._plan(batch.step))
+        indices = self.frames.pick(self.video.frames, generator(self.seed, "frames", batch.step))
+        video = self.model.decode(latents, indices)
+        rewards = self.reward(video, batch.prompts, indices)
+        return -rewards.mean(), {"reward": rewards.detach()}
+
+    def after_update(self, step: int) -> None:
+        """Nothing to do: every update samples anew."""
+
+    @torch.no_grad()
+    def validate(self) -> Validation:
+        keys = [(self.seed, "validate", row) for row in range(len(self.validation_prompts))]
+        latents = self._rollout(self.validation_prompts, keys, GradPlan.none(len(self.schedule)))
+        indices = range(self.video.frames)
+        video = self.model.decode(latents, indices)
+        return Validation(
+            video.cpu(), self.validation_prompts, self.reward(video, self.validation_prompts, indices).cpu()
+        )
+
+    def _rollout(self, prompts: Sequence[str], keys: Sequence[tuple[int | str, ...]], plan: GradPlan) -> Tensor:
+        cond = self._cond.select([self._rows[prompt] for prompt in prompts]).to(self.model.device)
+
+        def noise(i: int) -> Tensor:
+            return initial_noise(self.model, self.video, [(*key, i) for key in keys])
+
+        def tick(i: int, z: Tensor) -> None:
+            if self.on_step is not None:
+                self.on_step()
+
+        start = initial_noise(self.model, self.video, keys)
+        return sample(
+            self.model, start, cond, self.schedule, plan,
+            guidance=self.guidance, eta=self.config.eta, noise=noise, on_step=tick,
+        ).latents  # fmt: skip
+
+    def _plan(self, step: int) -> GradPlan:
+        total, config = len(self.schedule), self.config
+        rng = generator(self.seed, "plan", step)
+        if config.truncation == "last_k":
+            return GradPlan.last_k(total, config.k, stop_input=config.stop_input)
+        if config.truncation == "random_k":
+            return GradPlan.random_k(total, config.k, rng, stop_input=config.stop_input)
+        if config.truncation == "random_start":
+            return GradPlan.random_start(total, rng, stop_input=config.stop_input)
+        if config.truncation == "from_step":
+            return GradPlan.from_step(total, config.from_step, stop_input=config.stop_input)
+        return GradPlan.uniform(total, config.k, stop_input=config.stop_input)
+
+    def _prompt(self, position: int) -> str:
+        """Every prompt once per round, each round in an order of its own."""
+        turn, place = divmod(position, len(self.prompts))
+        order = torch.randperm(len(self.prompts), generator=generator(self.seed, "prompts", turn))
+        return self.prompts[int(order[place])]
