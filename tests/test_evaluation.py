@@ -54,7 +54,7 @@ def test_scores_cover_all_frames_and_keep_the_order() -> None:
     reward = Brightness()
     scores = score_videos(reward, video.requires_grad_(), prompts, batch=2)
     assert reward.sizes == [2, 2, 1]
-    expected = [float(v.mean()) + len(p) for v, p in zip(video, prompts, strict=True)]
+    expected = [float(v.mean()) + len(p) for v, p in zip(video.detach(), prompts, strict=True)]
     assert scores == {"brightness": pytest.approx(expected)}
 
 
@@ -73,7 +73,9 @@ def test_videos_and_prompts_must_match() -> None:
 
 
 def test_table_states_means_and_differences() -> None:
-    table = comparison_table({"aesthetic": [1.0, 3.0], "flat": [2.0, 2.0]}, {"aesthetic": [4.0, 6.0], "flat": [1.0, 2.0]})
+    table = comparison_table(
+        {"aesthetic": [1.0, 3.0], "flat": [2.0, 2.0]}, {"aesthetic": [4.0, 6.0], "flat": [1.0, 2.0]}
+    )
     head, first, second = (line.split() for line in table.splitlines())
     assert head[0] == "score"
     assert first == ["aesthetic", "2.0000", "1.0000", "5.0000", "+3.0000", "+3.00"]
@@ -141,7 +143,9 @@ def test_reward_curve_draws_both_lines(tmp_path: Path) -> None:
     assert red[1] > 100
 
 
-@pytest.mark.parametrize(("height", "width", "shape"), [(64, 64, (192, 192)), (33, 65, (100, 196)), (200, 301, (200, 302))])
+@pytest.mark.parametrize(
+    ("height", "width", "shape"), [(64, 64, (192, 192)), (33, 65, (100, 196)), (200, 301, (200, 302))]
+)
 def test_mp4_round_trip(tmp_path: Path, height: int, width: int, shape: tuple[int, int]) -> None:
     ramp = torch.linspace(0.1, 0.9, width).expand(height, width)
     video = torch.stack([torch.stack([ramp, ramp.flip(1), ramp * 0 + t / 8]) for t in range(8)])

@@ -16,10 +16,12 @@ from vader_nodes.vader_backend.sampling import step
 SPACINGS = ("leading", "trailing", "linspace")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 BASE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+# With zero terminal SNR and eta 1 the part of the old noise that is kept is a root of 0: rounding alone gives 1e-8.
+CLOSE: dict[str, Any] = {"rtol": 1e-7, "atol": 1e-7}
 
 
 def pair(steps: int, **settings: Any) -> tuple[VariancePreserving, DDIMScheduler]:
-    """Our process and diffusers' scheduler on one float64 table, so that formulas can be compared to the last digits."""
+    """Our process and diffusers' scheduler on one float64 table, so that formulas can be compared."""
     scheduler = DDIMScheduler(**{**BASE, **settings})
     process = VariancePreserving.from_config(dict(scheduler.config))
     # diffusers builds its table in float32
@@ -64,13 +66,13 @@ def test_chain_equals_ddim(spacing: str, prediction: str, zero_snr: bool, to_one
         output, noise = draw(1, i), draw(2, i)
         theirs = scheduler.step(output, t, theirs, eta=eta, variance_noise=noise if eta else None).prev_sample
         ours = step(process, schedule, i, ours, output, eta, noise)
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9, msg=f"step {i}")
+        torch.testing.assert_close(ours, theirs, **CLOSE, msg=f"step {i}")
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize(("prediction", "zero_snr"), [c[1:] for c in CASES if c[0] == "linspace"])
 def test_linspace_step_equals_ddim(prediction: str, zero_snr: bool, eta: float) -> None:
-    """diffusers steps to t - 1000 // T, which with linspace is not its own next timestep: the step is compared there."""
+    """diffusers steps to t - 1000 // T, which with linspace is not its own next timestep: compared there."""
     steps = 20
     process, scheduler = pair(
         steps, timestep_spacing="linspace", prediction_type=prediction, rescale_betas_zero_snr=zero_snr
@@ -82,8 +84,9 @@ def test_linspace_step_equals_ddim(prediction: str, zero_snr: bool, eta: float) 
             power[1] = float(process.alphas_cumprod[t - 1000 // steps])
         single = Schedule((float(t),), tuple(p**0.5 for p in power), tuple((1 - p) ** 0.5 for p in power))
         z, output, noise = draw(0, i), draw(1, i), draw(2, i)
+        ours = step(process, single, 0, z, output, eta, noise)
         theirs = scheduler.step(output, t, z, eta=eta, variance_noise=noise if eta else None)
-        torch.testing.assert_close(step(process, single, 0, z, output, eta, noise), theirs.prev_sample, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(ours, theirs.prev_sample, **CLOSE)
         x0 = process.split(z, output, single.alpha[0], single.sigma[0])[0]
         torch.testing.assert_close(x0, theirs.pred_original_sample, rtol=1e-9, atol=1e-9)
 
@@ -102,7 +105,7 @@ def test_any_number_of_steps_gives_exactly_so_many(spacing: str, steps: int, off
     assert len(schedule) == steps
     assert len(schedule.alpha) == len(schedule.sigma) == steps + 1
     assert all(a > b for a, b in zip(schedule.timesteps, schedule.timesteps[1:], strict=False))
-    assert 0 <= schedule.timesteps[-1]
+    assert schedule.timesteps[-1] >= 0
     assert schedule.timesteps[0] <= 999
     assert all(t == int(t) for t in schedule.timesteps)
 

@@ -48,7 +48,9 @@ def test_split_and_limit_depend_on_the_seed_alone() -> None:
 
 
 def test_file_is_read_through_the_callers_reader() -> None:
-    found = build(Config(source="file", file="mine.txt", held_out_fraction=0.0), {"mine.txt": "\ufeffa\nb\n"}.__getitem__)
+    found = build(
+        Config(source="file", file="mine.txt", held_out_fraction=0.0), {"mine.txt": "\ufeffa\nb\n"}.__getitem__
+    )
     assert found.train == ("a", "b")
 
 
@@ -92,7 +94,7 @@ def test_published_splits_are_kept() -> None:
 
 
 def test_every_shipped_list_belongs_to_a_set(root: Path) -> None:
-    shipped = [path for path in (root / "vader_backend" / "prompts").glob("*.txt")]
+    shipped = list((root / "vader_backend" / "prompts").glob("*.txt"))
     used = {line for source in BUILT_IN for part in _parts(source) for line in part}
     assert len(shipped) >= 7
     for path in shipped:

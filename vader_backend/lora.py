@@ -32,9 +32,7 @@ class LoraConfig:
     """Shape of a LoRA. 0 stands for the model family's published value (alpha: equal to the rank)."""
 
     rank: int = option(0, "Rank of the LoRA; 0 takes the model's published value.", low=0, high=1024)
-    alpha: float = option(
-        0.0, "The update is scaled by alpha / rank; 0 = equal to the rank.", low=0.0, high=4096.0
-    )
+    alpha: float = option(0.0, "The update is scaled by alpha / rank; 0 = equal to the rank.", low=0.0, high=4096.0)
     dropout: float = option(
         0.0, "Dropout on the LoRA's input, live only in differentiated steps.", low=0.0, high=0.9, step=0.01
     )
@@ -85,9 +83,7 @@ def load_lora(path: Path) -> LoraWeights:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"The LoRA {path.name} is missing or not whole ({error}); get it again."
-        ) from error
+        raise InputError(f"The LoRA {path.name} is missing or not whole ({error}); get it again.") from error
     if not any(key.endswith(".lora_A.weight") for key in tensors):
         raise InputError(f"{path.name} holds no LoRA weights (no key ends in .lora_A.weight); choose another file.")
     return LoraWeights(tensors, metadata)
@@ -212,12 +208,8 @@ def _config_for(tensors: dict[str, Tensor]) -> peft.LoraConfig:
     common = Counter(ranks.values()).most_common(1)[0][0]
     other = {name: rank for name, rank in ranks.items() if rank != common}
     return peft.LoraConfig(
-        r=common, lora_alpha=common, rank_pattern=other, alpha_pattern=other, target_modules=_exact(ranks)
+        r=common, lora_alpha=common, rank_pattern=other, alpha_pattern=other, target_modules=sorted(ranks)
     )
-
-
-def _exact(names: Sequence[str] | dict[str, int]) -> list[str]:
-    return sorted(names)
 
 
 @torch.no_grad()

@@ -182,14 +182,11 @@ class _Loop:
                 share = len(micro) / len(batch)
                 if loss.requires_grad:
                     self.scaler.scale(loss * share).backward()
-            for name, value in {
-                "loss": loss.detach() * share,
-                **{k: v.sum() / len(batch) for k, v in metrics.items()},
-            }.items():
-                sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.float()
-        metrics = self._synchronise(sums)
+            parts = {"loss": loss.detach() * share, **{name: v.sum() / len(batch) for name, v in metrics.items()}}
+            sums = {name: sums[name] + part if name in sums else part for name, part in parts.items()}
+        averages = self._synchronise(sums)
         norm = self._gradient_norm()
-        if self._finite(metrics["loss"], norm):
+        if self._finite(averages["loss"], norm):
             self._between_steps = False
             self.scaler.step(self.optimizer)
             self._follow()
@@ -197,7 +194,7 @@ class _Loop:
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {
-            **metrics,
+            **averages,
             "grad_norm": norm,
             "learning_rate": self.scheduler.get_last_lr()[0],
             "skipped": self.result.skipped,
@@ -240,9 +237,9 @@ class _Loop:
         self.failures += 1
         if self.failures >= _GIVE_UP_AFTER:
             raise TrainingError(
-                f"{_GIVE_UP_AFTER} steps in a row gave a loss or gradient that is not finite (loss {loss}, gradient norm "
-                f"{norm}). Try a lower learning_rate, a smaller K, bfloat16 or float32 weights instead of float16, or "
-                "another reward; the last good state is saved."
+                f"{_GIVE_UP_AFTER} steps in a row gave a loss or gradient that is not finite (loss {loss}, gradient "
+                f"norm {norm}). Try a lower learning_rate, a smaller K, bfloat16 or float32 instead of float16 weights, "
+                "or another reward; the last good state is saved."
             )
         return False
 

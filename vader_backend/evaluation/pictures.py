@@ -67,6 +67,7 @@ def contact_sheet(path: Path, rows_BTCHW: Mapping[str, Tensor], titles: Sequence
         total = video.shape[1]
         picks = torch.linspace(0, total - 1, min(frames, total)).round().long()
         shown = _rows(video[:, picks])  # [T, B, H, W, 3]
+        shown = np.pad(shown, ((0, 0), (0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)  # frames stay apart
         grid.append([np.concatenate(list(shown[:, column]), axis=1) for column in range(len(titles))])
     sheet = _sheet(grid, list(titles), list(rows_BTCHW))
     with saving(path), atomic_path(path) as temporary:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..config import InputError, check, option
+from ..loading import DTYPES, fingerprint, load_frozen, reading
 from ..process import VariancePreserving
 from ..types import Conditioning, VideoSpec
-from .base import DTYPES, Defaults, fingerprint, load_frozen, reading
+from .base import Defaults
 
 _PUBLISHED = Defaults(VideoSpec(frames=16, height=384, width=384), steps=25, guidance=9.0)
 _MINI = Defaults(VideoSpec(frames=8, height=64, width=64), steps=20, guidance=4.0, rank=8, learning_rate=1e-3)

@@ -23,9 +23,9 @@ from ..world import FRAMES, SEEN_SCENES, random_look, random_scenes, render
 from .fit import SEED, fit
 from .tokenizer import MAX_TOKENS, save_tokenizer
 
-STEPS = 6000
+STEPS = 3800
 _BATCH = 16
-_POOL = 12000
+_POOL = 6000
 _DROP_TEXT = 0.1
 _WIDTH = 128
 SCHEDULER = {
@@ -55,10 +55,10 @@ class TextToVideo(nn.Module):
             out_channels=4,
             down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
             up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-            block_out_channels=(64, 112),
+            block_out_channels=(64, 96),
             layers_per_block=1,
             cross_attention_dim=_WIDTH,
-            attention_head_dim=16,
+            attention_head_dim=32,
             norm_num_groups=16,
         )
         special = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...rng import generator
 from .. import oracle
@@ -75,7 +75,6 @@ def _whiten(vae: AutoencoderKL) -> None:
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in frames.split(100)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     encode, decode = vae.quant_conv, vae.post_quant_conv
-    assert isinstance(encode, nn.Conv2d) and isinstance(decode, nn.Conv2d)
     decode.bias += decode.weight[:, :, 0, 0] @ mean
     decode.weight *= std[None, :, None, None]
     channels = len(mean)

@@ -1,0 +1,38 @@
+# Every target sets up what it needs. VENV and PYTHON can be given: make test VENV=/tmp/env PYTHON=python3.12
+VENV ?= .venv
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN = $(VENV)/bin
+READY = $(VENV)/.installed
+TORCH = $(shell grep '^torch==' constraints.txt)
+CHECKED = vader_backend nodes tests
+
+.PHONY: demo mini test test-full lint clean
+
+demo: $(READY)
+	$(BIN)/python -m vader_nodes run workflows/api/demo.json
+
+mini: $(READY)
+	$(BIN)/python -m vader_nodes.vader_backend.mini.recipe
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-full: lint
+	$(BIN)/python -m pytest --slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(CHECKED)
+
+# torch goes first and alone, so that a CPU build found by pip is taken and not replaced afterwards.
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "constraints.txt needs Python 3.11 or newer; run make with PYTHON=python3.11.")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_ARGS) $(TORCH)
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,317 @@
+"""The program that the nodes run in: ComfyUI, or none.
+
+The only file that touches ComfyUI. Without it the same functions fall back to torch, tqdm and a
+base directory with models/, input/ and output/ as ComfyUI's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..vader_backend.config import InputError, suggest
+from ..vader_backend.runs import check_name
+
+REWARD_MODELS = "reward_models"
+WEIGHTS = {".safetensors", ".pth", ".pt"}
+_PREVIEW_SECONDS = 2.0
+
+
+class Bar(Protocol):
+    """A progress bar; it may raise where the user has cancelled."""
+
+    def show(self, done: int, total: int, text: str, picture: Callable[[], Tensor] | None) -> None:
+        """Show progress, a line of text, and a picture [3, H, W] that is only made where it can be seen."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Alone:
+    """No ComfyUI: plain folders under `base`, torch's own device, tqdm."""
+
+    def __init__(self, base: Path | None = None) -> None:
+        self.base = base or Path.cwd()
+
+    def input(self) -> Path:
+        return self.base / "input"
+
+    def output(self) -> Path:
+        return self.base / "output"
+
+    def folders(self, category: str) -> list[Path]:
+        """Where models of a category lie."""
+        own = [self.base / "models" / category]
+        return [*own, self.output() / "loras"] if category == "loras" else own
+
+    def files(self, category: str) -> list[str]:
+        """The names of a category's files, relative to its folders."""
+        found = {p.relative_to(f).as_posix() for f in self.folders(category) for p in f.glob("**/*") if p.is_file()}
+        return sorted(found)
+
+    def device(self) -> torch.device:
+        if torch.cuda.is_available():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cpu")
+
+    def make_room(self) -> None:
+        """Nothing else holds memory."""
+
+    def release(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def cancel(self) -> None:
+        """Ctrl+C raises by itself."""
+
+    def bar(self, label: str, node_id: str | None) -> Bar:
+        return _Tqdm(label)
+
+    def note(self, text: str, node_id: str | None) -> None:
+        """There is no canvas; the graph runner prints what a node says."""
+
+
+class Comfy:
+    """Inside a running ComfyUI, whose modules are loaded already."""
+
+    def __init__(self) -> None:
+        self.paths = importlib.import_module("folder_paths")
+        self.memory = importlib.import_module("comfy.model_management")
+
+    def input(self) -> Path:
+        return Path(self.paths.get_input_directory())
+
+    def output(self) -> Path:
+        return Path(self.paths.get_output_directory())
+
+    def folders(self, category: str) -> list[Path]:
+        return [Path(folder) for folder in self.paths.get_folder_paths(category)]
+
+    def files(self, category: str) -> list[str]:
+        return [name.replace("\\", "/") for name in self.paths.get_filename_list(category)]
+
+    def device(self) -> torch.device:
+        return self.memory.get_torch_device()
+
+    def make_room(self) -> None:
+        self.memory.unload_all_models()
+
+    def release(self) -> None:
+        self.memory.soft_empty_cache()
+
+    def cancel(self) -> None:
+        self.memory.throw_exception_if_processing_interrupted()
+
+    def bar(self, label: str, node_id: str | None) -> Bar:
+        return _ComfyBar(self, node_id)
+
+    def note(self, text: str, node_id: str | None) -> None:
+        server = importlib.import_module("server").PromptServer.instance
+        if node_id is not None and hasattr(server, "send_progress_text"):
+            server.send_progress_text(text, node_id)
+
+    def register(self) -> None:
+        """Make reward_models a category, with the extensions that are offered."""
+        folder = str(Path(self.paths.models_dir) / REWARD_MODELS)
+        known, extensions = self.paths.folder_names_and_paths.get(REWARD_MODELS, ([], set()))
+        folders = known if folder in known else [*known, folder]
+        self.paths.folder_names_and_paths[REWARD_MODELS] = (folders, set(extensions) | WEIGHTS)
+
+
+class _Tqdm:
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.bar: Any = None
+
+    def show(self, done: int, total: int, text: str, picture: Callable[[], Tensor] | None) -> None:
+        if self.bar is None:
+            tqdm = importlib.import_module("tqdm").tqdm
+            self.bar = tqdm(desc=self.label, total=total, disable=not is_main(), dynamic_ncols=True, mininterval=1.0)
+        if text:
+            self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class _ComfyBar:
+    def __init__(self, host: Comfy, node_id: str | None) -> None:
+        self.host = host
+        self.node_id = node_id
+        self.bar = importlib.import_module("comfy.utils").ProgressBar(1, node_id)
+        self._last_picture = 0.0
+
+    def show(self, done: int, total: int, text: str, picture: Callable[[], Tensor] | None) -> None:
+        preview = None
+        if picture is not None and time.monotonic() - self._last_picture > _PREVIEW_SECONDS:
+            preview = ("JPEG", _pil(picture()), 256)
+            self._last_picture = time.monotonic()
+        if text:
+            self.host.note(text, self.node_id)
+        self.bar.update_absolute(done, total, preview)
+
+    def close(self) -> None:
+        """ComfyUI takes the bar away itself."""
+
+
+_alone = Alone()
+
+
+def current() -> Alone | Comfy:
+    """The program around us. ComfyUI has loaded its folder_paths long before it loads a pack."""
+    if "folder_paths" in sys.modules and "comfy.model_management" in sys.modules:
+        return Comfy()
+    return _alone
+
+
+def use_base_directory(base: Path) -> None:
+    """Where models/, input/ and output/ lie without ComfyUI."""
+    _alone.base = base
+
+
+def register_folders() -> None:
+    """Tell ComfyUI, where there is one, of the folders that it does not know."""
+    host = current()
+    if isinstance(host, Comfy):
+        host.register()
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes; under `accelerate launch` that is rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def training_mode() -> Iterator[None]:
+    """Leave ComfyUI's inference mode: what is built or cloned inside may take part in a backward pass."""
+    with torch.inference_mode(False):
+        yield
+
+
+@contextmanager
+def workspace(networks: Iterable[nn.Module]) -> Iterator[None]:
+    """Outside inference mode, with these networks on the device; they lie on the CPU again at the end."""
+    host, networks = current(), list(networks)
+    with training_mode():
+        host.make_room()
+        try:
+            for network in networks:
+                network.to(host.device())
+            yield
+        finally:
+            for network in networks:
+                network.to("cpu")
+            host.release()
+
+
+@contextmanager
+def progress(label: str, node_id: str | None) -> Iterator[Callable[..., None]]:
+    """Yields show(done, total, text="", picture=None), which raises where the user has cancelled."""
+    host = current()
+    bar = host.bar(label, node_id)
+
+    def show(done: int, total: int, text: str = "", picture: Callable[[], Tensor] | None = None) -> None:
+        host.cancel()
+        bar.show(done, total, text, picture)
+
+    try:
+        yield show
+    finally:
+        bar.close()
+
+
+def note(text: str, node_id: str | None) -> None:
+    """Write text onto the node, where there is a canvas."""
+    current().note(text, node_id)
+
+
+def cancel() -> None:
+    """Raises where the user has cancelled."""
+    current().cancel()
+
+
+def files(category: str, suffixes: Iterable[str] = WEIGHTS) -> list[str]:
+    """The names of a category's files, relative to its folders."""
+    wanted = set(suffixes)
+    return [name for name in current().files(category) if Path(name).suffix in wanted]
+
+
+def checkpoints(category: str, marker: str) -> list[str]:
+    """The names of a category's folders, at most two deep, that hold a file named `marker`."""
+    found = {
+        path.parent.relative_to(folder).as_posix()
+        for folder in current().folders(category)
+        for pattern in (f"*/{marker}", f"*/*/{marker}")
+        for path in folder.glob(pattern)
+    }
+    return sorted(found)
+
+
+def resolve(category: str, name: str) -> Path:
+    """The file or folder of that name in a category.
+
+    Raises:
+        InputError: the name leaves the category's folders, or there is none of that name.
+    """
+    check_name(name, f"the name of a file in {category}")
+    for folder in current().folders(category):
+        if (folder / name).exists():
+            return folder / name
+    places = " or ".join(str(folder) for folder in current().folders(category))
+    known = files(category)
+    raise InputError(
+        f"There is no {name!r} in {places}" + (f"; {suggest(name, known)}" if known else "; put it there.")
+    )
+
+
+def read_input(name: str) -> str:
+    """The text of a file in the input folder.
+
+    Raises:
+        InputError: the name leaves the folder. OSError or UnicodeDecodeError: it cannot be read.
+    """
+    check_name(name, "file")
+    return (current().input() / name).read_text(encoding="utf-8")
+
+
+def new_file(prefix: str, suffix: str) -> Path:
+    """The next free `<prefix>_<number><suffix>` in the output folder; nothing is created.
+
+    Raises:
+        InputError: the name leaves the output folder.
+    """
+    check_name(prefix, "filename_prefix")
+    path = current().output() / prefix
+    taken = [p.name.removeprefix(f"{path.name}_").removesuffix(suffix) for p in path.parent.glob(f"*{suffix}")]
+    number = 1 + max((int(digits) for digits in taken if digits.isdecimal()), default=0)
+    return path.with_name(f"{path.name}_{number:05}{suffix}")
+
+
+def runs() -> Path:
+    """The folder of all training runs."""
+    return current().output() / "vader_runs"
+
+
+def shown(path: Path) -> dict[str, str]:
+    """How ComfyUI's front end finds a file of the output folder."""
+    relative = path.relative_to(current().output())
+    folder = relative.parent.as_posix()
+    return {"filename": path.name, "subfolder": "" if folder == "." else folder, "type": "output"}
+
+
+def _pil(picture_CHW: Tensor) -> Any:
+    from PIL import Image
+
+    pixels = (picture_CHW.detach().float().cpu().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

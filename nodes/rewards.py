@@ -1,0 +1,154 @@
+"""One node per registered reward, made from its Config, and the two that combine and reshape rewards."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..vader_backend import registry
+from ..vader_backend.config import InputError, option
+from ..vader_backend.rewards.base import Combined, Reward, Towards
+from . import host, schema
+
+_EMBEDDED = "mini"
+_SLOTS = (1, 2, 3, 4)
+
+
+class RewardNode:
+    """Base of the generated nodes: `key` is the reward's file name."""
+
+    key: ClassVar[str]
+    CATEGORY = schema.CATEGORY
+    FUNCTION = "make"
+    RETURN_TYPES = ("VADER_REWARD",)
+    RETURN_NAMES = ("reward",)
+    OUTPUT_TOOLTIPS = ("The reward: a score per video, higher is better.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        config = registry.load("rewards", cls.key).Config
+        return {"required": {}, "optional": schema.inputs(config, combos=_checkpoints(config))}
+
+    def make(self, **values: Any) -> tuple[Reward]:
+        module = registry.load("rewards", self.key)
+        with host.training_mode():
+            return (module.build(schema.read(module.Config, values), locate),)
+
+
+def reward_nodes() -> dict[str, type[RewardNode]]:
+    """A node class per registered reward, by class name: VaderRewardAesthetic, ..."""
+    return {cls.__name__: cls for cls in map(_node, registry.names("rewards"))}
+
+
+def title(key: str) -> str:
+    """How a reward is called on the canvas: its module's TITLE, else its file name."""
+    return getattr(registry.load("rewards", key), "TITLE", key.replace("_", " ").title())
+
+
+def locate(name: str) -> Path:
+    """The file or folder of a reward's weights: embedded, or in models/reward_models."""
+    if name == _EMBEDDED or name.startswith(f"{_EMBEDDED}/"):
+        from ..vader_backend.mini.files import weights
+
+        return weights(name.removeprefix(f"{_EMBEDDED}/"))
+    return host.resolve(host.REWARD_MODELS, name)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of a sum of rewards."""
+
+    weight_1: float = option(1.0, "Weight of reward_1; 0 only reports it.", low=-1000.0, high=1000.0, step=0.1)
+    weight_2: float = option(1.0, "Weight of reward_2; 0 only reports it.", low=-1000.0, high=1000.0, step=0.1)
+    weight_3: float = option(1.0, "Weight of reward_3; 0 only reports it.", low=-1000.0, high=1000.0, step=0.1)
+    weight_4: float = option(1.0, "Weight of reward_4; 0 only reports it.", low=-1000.0, high=1000.0, step=0.1)
+
+
+class VaderCombineRewards:
+    DESCRIPTION = "A weighted sum of up to four rewards. Each sees the frames it asks for; a weight of 0 only reports."
+    CATEGORY = schema.CATEGORY
+    SEARCH_ALIASES = ("sum rewards", "weighted reward", "mix rewards")
+    FUNCTION = "combine"
+    RETURN_TYPES = ("VADER_REWARD",)
+    RETURN_NAMES = ("reward",)
+    OUTPUT_TOOLTIPS = ("The weighted sum; reports show each part unweighted.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        links = {f"reward_{i}": schema.link("VADER_REWARD", f"Reward number {i}.") for i in _SLOTS}
+        first = {"reward_1": links.pop("reward_1")}
+        return {"required": first, "optional": {**links, **schema.inputs(Weights)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        weight_1: float | None = 1.0, weight_2: float | None = 1.0,
+        weight_3: float | None = 1.0, weight_4: float | None = 1.0,
+        reward_2: Any = False, reward_3: Any = False, reward_4: Any = False,
+    ) -> bool | str:  # fmt: skip
+        # During validation a linked reward is None; one that is not linked keeps its default.
+        linked = (True, reward_2 is None, reward_3 is None, reward_4 is None)
+        given = (weight_1, weight_2, weight_3, weight_4)
+
+        def attempt() -> None:
+            schema.check_some(Weights, **{f"weight_{i}": weight for i, weight in zip(_SLOTS, given, strict=True)})
+            if all(weight == 0 for weight, used in zip(given, linked, strict=True) if used):
+                raise InputError("The weights of all connected rewards are zero; set at least one of them above 0.")
+
+        return schema.verdict(attempt)
+
+    def combine(self, **values: Any) -> tuple[Reward]:
+        given = schema.read(Weights, values)
+        used = [i for i in _SLOTS if values.get(f"reward_{i}") is not None]
+        return (Combined([values[f"reward_{i}"] for i in used], [getattr(given, f"weight_{i}") for i in used]),)
+
+
+@dataclass(frozen=True)
+class Target:
+    """How a reward is turned into a distance to a target."""
+
+    target: float = option(10.0, "The score that is aimed at.", low=-10000.0, high=10000.0, step=0.1)
+    weight: float = option(0.1, "Factor of the distance; the paper takes 0.1 for aesthetic.", low=0.0, high=1000.0)
+    form: str = option(
+        "distance",
+        "distance: also scores above the target are pulled back to it; hinge: they are left alone.",
+        choices=("distance", "hinge"),
+    )
+
+
+class VaderRewardTowards:
+    DESCRIPTION = "Turns a reward into minus its weighted distance to a target: the form of the published losses."
+    CATEGORY = schema.CATEGORY
+    SEARCH_ALIASES = ("target reward", "distance to target", "hinge reward")
+    FUNCTION = "wrap"
+    RETURN_TYPES = ("VADER_REWARD",)
+    RETURN_NAMES = ("reward",)
+    OUTPUT_TOOLTIPS = ("The reward that grows as the score comes near the target.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        wrapped = schema.link("VADER_REWARD", "The reward whose score is steered to the target.")
+        return {"required": {"reward": wrapped}, "optional": schema.inputs(Target)}
+
+    def wrap(self, reward: Reward, **values: Any) -> tuple[Reward]:
+        aim = schema.read(Target, values)
+        return (Towards(reward, aim.target, aim.weight, aim.form),)  # type: ignore[arg-type]
+
+
+def _node(key: str) -> type[RewardNode]:
+    about = (inspect.getdoc(registry.load("rewards", key)) or "").split("\n\n")[0].replace("\n", " ")
+    name = "VaderReward" + "".join(word.capitalize() for word in key.split("_"))
+    aliases = (f"{key.replace('_', ' ')} reward", "reward model", "score")
+    return type(name, (RewardNode,), {"key": key, "DESCRIPTION": about, "SEARCH_ALIASES": aliases})
+
+
+def _checkpoints(config: type) -> dict[str, list[str]]:
+    """What to offer for fields that name weights: those whose default is embedded."""
+    named = [f for f in dataclasses.fields(config) if isinstance(f.default, str) and f.default.startswith(_EMBEDDED)]
+    if not named:
+        return {}
+    found = [*host.checkpoints(host.REWARD_MODELS, "config.json"), *host.files(host.REWARD_MODELS)]
+    return {field.name: [str(field.default), *found] for field in named}

@@ -1,0 +1,152 @@
+"""VADER Train LoRA: model, reward and prompts in; an aligned LoRA out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..vader_backend.align import AlignResult, Settings, align
+from ..vader_backend.evaluation.pictures import reward_curve
+from ..vader_backend.generate import VideoConfig
+from ..vader_backend.lora import LoraConfig
+from ..vader_backend.models.base import VideoModel
+from ..vader_backend.objectives.base import Validation
+from ..vader_backend.objectives.vader import Config
+from ..vader_backend.prompts import PromptSet
+from ..vader_backend.rewards.base import Reward
+from ..vader_backend.runs import check_name
+from ..vader_backend.trainer import Hooks, TrainOptions
+from . import host, schema
+from .prompts import warn_long
+from .sample import NO_LORA, lora_choices, lora_file
+
+_PARTS = (TrainOptions, LoraConfig, Config, VideoConfig)
+_PLAIN = (
+    "steps", "batch_size", "grad_accumulation_steps", "learning_rate", "seed", "gradient_checkpointing",
+    "preview_every", "rank", "sampling_steps", "guidance", "truncation", "k",
+)  # fmt: skip
+
+
+class VaderTrainLoRA:
+    DESCRIPTION = (
+        "Trains a LoRA by the reward's gradient through the last K denoising steps (VADER). An interrupted run goes on "
+        "where it stopped; a finished run of the same settings is reused."
+    )
+    CATEGORY = schema.CATEGORY
+    SEARCH_ALIASES = ("train lora", "reward gradient", "alignment", "vader", "fine-tune video model")
+    FUNCTION = "train"
+    RETURN_TYPES = ("LORA_MODEL", "LOSS_MAP", "STRING")
+    RETURN_NAMES = ("lora", "loss_map", "report")
+    OUTPUT_TOOLTIPS = (
+        "The trained LoRA.",
+        "The loss of every step, for Plot Loss Graph.",
+        "What was reached, as text.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        required = {
+            "model": schema.link("VADER_MODEL", "The model to align."),
+            "reward": schema.link("VADER_REWARD", "What is maximised; it must be differentiable."),
+            "prompts": schema.link("VADER_PROMPTS", "Training prompts; held-out ones are only previewed."),
+        }
+        own = {
+            "name": schema.text(
+                "vader", "Name of the run's folder in output/vader_runs; a hash of the settings follows."
+            ),
+            "existing_lora": schema.combo(lora_choices(), "A LoRA in models/loras to go on from; its rank is kept."),
+        }
+        optional = {**schema.inputs(*_PARTS, plain=_PLAIN), **own}
+        return {"required": required, "optional": optional, "hidden": {"unique_id": "UNIQUE_ID"}}
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        k: int | None = 1,
+        sampling_steps: int | None = 0,
+        truncation: str | None = "last_k",
+        from_step: int | None = 0,
+        name: str | None = "vader",
+    ) -> bool | str:
+        def attempt() -> None:
+            given = {"k": k, "sampling_steps": sampling_steps, "truncation": truncation, "from_step": from_step}
+            schema.check_some(Config, **given)
+            if sampling_steps and None not in given.values():
+                schema.read(Config, given).check(sampling_steps)
+            if name is not None:
+                check_name(name, "name")
+
+        return schema.verdict(attempt)
+
+    def train(
+        self,
+        model: VideoModel,
+        reward: Reward,
+        prompts: PromptSet,
+        name: str = "vader",
+        existing_lora: str = NO_LORA,
+        unique_id: str | None = None,
+        **values: Any,
+    ) -> dict[str, Any]:
+        settings = _settings(values)
+        start = lora_file(existing_lora)
+        warn_long(model, prompts.train)
+        held_out: list[tuple[int, float]] = []
+        networks = [*model.parts().values(), *reward.networks()]
+        with host.workspace(networks), host.progress("Training", unique_id) as show:
+            hooks = _hooks(show, settings.train.steps, held_out)
+            result = align(model, reward, prompts, settings, root=host.runs(), name=name, start=start, hooks=hooks)
+        report = _report(result)
+        host.note(report, unique_id)
+        loss_map = {"loss": result.losses}
+        return {"ui": {"images": _curve(result, held_out), "text": [report]}, "result": (result.lora, loss_map, report)}
+
+
+def _settings(values: dict[str, Any]) -> Settings:
+    train, lora, objective, video = (schema.read(part, values) for part in _PARTS)
+    return Settings(objective, "vader", lora, train, video)
+
+
+def _hooks(show: Callable[..., None], total: int, held_out: list[tuple[int, float]]) -> Hooks:
+    """Progress and previews on the node; the rewards of the previews are added to `held_out`."""
+
+    def progress(done: int, total: int, metrics: dict[str, float]) -> None:
+        show(done, total, f"reward {metrics['reward']:.4g}")
+
+    def preview(done: int, validation: Validation) -> None:
+        reward = float(validation.rewards.mean())
+        held_out.append((done, reward))
+        show(done, total, f"held-out reward {reward:.4g}", lambda: _strip(validation.video_BTCHW))
+
+    return Hooks(progress=progress, preview=preview, on_sample_step=host.cancel)
+
+
+def _strip(video_BTCHW: Tensor) -> Tensor:
+    """The middle frames of all videos side by side, [3, H, B*W]."""
+    return torch.cat(list(video_BTCHW[:, video_BTCHW.shape[1] // 2]), dim=-1)
+
+
+def _report(result: AlignResult) -> str:
+    rewards = result.rewards
+    share = max(1, len(rewards) // 10)
+    first, last = (fmean(part) if part else float("nan") for part in (rewards[:share], rewards[-share:]))
+    lines = [
+        f"{len(result.losses)} steps{' of a finished run, reused' if result.reused else ''}",
+        f"reward {first:.4g} -> {last:.4g} (means of the first and last {share} steps)",
+        f"run folder {result.folder.name}",
+    ]
+    if result.skipped:
+        lines.insert(1, f"{result.skipped} steps skipped for a gradient that was not finite")
+    return "\n".join(lines)
+
+
+def _curve(result: AlignResult, held_out: list[tuple[int, float]]) -> list[dict[str, str]]:
+    """The reward curve in the run folder, as ComfyUI shows it; one that is there is kept."""
+    path = result.folder / "reward_curve.png"
+    if host.is_main() and result.rewards and not (result.reused and path.exists()):
+        reward_curve(path, range(1, len(result.rewards) + 1), result.rewards, held_out)
+    return [host.shown(path)] if path.exists() else []

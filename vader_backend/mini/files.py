@@ -1,0 +1,29 @@
+"""Where the embedded weights lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config import InputError, suggest
+
+_ROOT = Path(__file__).parent / "weights"
+PREFIX = "mini/"
+
+
+def weights(name: str) -> Path:
+    """The file or folder of one embedded network, such as "clip" or "aesthetic/head.safetensors".
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    path = _ROOT / name
+    if ".." in Path(name).parts or not path.exists():
+        known = sorted(p.name for p in _ROOT.iterdir()) if _ROOT.is_dir() else []
+        hint = suggest(name, known) if known else "run `make mini` to train them."
+        raise InputError(f"There are no embedded weights {name!r}: {hint}")
+    return path
+
+
+def locate(name: str) -> Path:
+    """Embedded weights for "mini/...", else the path as it is."""
+    return weights(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else Path(name)

@@ -1,0 +1,111 @@
+"""How pleasing single frames look, about 1 to 10: the LAION aesthetic predictor V2 on CLIP image features.
+
+Source: christophschuhmann/improved-aesthetic-predictor; VADER uses it with the target 10.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..config import InputError, check, option
+from ..loading import checkpoint_error, reading
+from ..mini.files import locate as embedded
+from ._clip import Clip, load_clip
+from ._images import ImageConfig, ImageReward
+
+TITLE = "Aesthetic"
+_LINEAR = (0, 2, 4, 6, 7)  # places of the linear layers; dropout lies between
+_NAMES = [f"layers.{place}.{part}" for place in _LINEAR for part in ("weight", "bias")]
+
+
+@dataclass(frozen=True)
+class Config(ImageConfig):
+    """checkpoint: CLIP; head: the predictor on its features."""
+
+    checkpoint: str = option("mini/clip", "CLIP whose image features are judged: openai/clip-vit-large-patch14.")
+    head: str = option("mini/aesthetic/head.safetensors", "The predictor: sac+logos+ava1-l14-linearMSE.pth.")
+
+
+def build(config: Config, locate: Callable[[str], Path] = embedded) -> Aesthetic:
+    """Load CLIP and the head.
+
+    Raises:
+        InputError: a file is missing, truncated or of another kind, or the two do not fit together.
+    """
+    check(config)
+    clip = load_clip(locate(config.checkpoint))
+    return Aesthetic(config, clip, load_head(locate(config.head), clip.width))
+
+
+class AestheticHead(nn.Module):
+    """Linear layers without activations between them; the keys are layers.{0,2,4,6,7}, as published."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        """Args:
+        widths: from the features' width to 1, six in all.
+        """
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, (narrow, wide) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+            layers.append(nn.Linear(narrow, wide))
+            if i < 3:
+                layers.append(nn.Dropout((0.2, 0.2, 0.1)[i]))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        return self.layers(features_ND).squeeze(-1)
+
+
+class Aesthetic(ImageReward):
+    """See the module."""
+
+    def __init__(self, config: Config, clip: Clip, head: AestheticHead) -> None:
+        super().__init__("aesthetic", config, [clip.model, head])
+        self.clip = clip
+        self.head = head
+
+    def images(self, images_NCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.head(self.clip.image_features(images_NCHW))
+
+
+def load_head(path: Path, width: int) -> AestheticHead:
+    """Read the published .pth or a .safetensors file with the same keys; the layers' sizes come from the tensors.
+
+    Args:
+        width: of the features it will get.
+
+    Raises:
+        InputError: the file is missing, truncated, a pickle of anything but tensors, or made for other features.
+    """
+    tensors = _read(path)
+    if sorted(tensors) != sorted(_NAMES):
+        raise InputError(f"{path.name} is not a LAION aesthetic head: it lacks the keys layers.0 to layers.7.")
+    widths = [tensors["layers.0.weight"].shape[-1], *(len(tensors[f"layers.{place}.weight"]) for place in _LINEAR)]
+    head = AestheticHead(widths)
+    with reading("aesthetic head", path):
+        head.load_state_dict(tensors)
+    if widths[0] != width:
+        raise InputError(
+            f"The aesthetic head {path.name} takes features {widths[0]} wide, but this CLIP's are {width} wide; "
+            "choose the CLIP that the head was trained on."
+        )
+    return head.eval().requires_grad_(False)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    with reading("aesthetic head", path):
+        try:
+            tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise checkpoint_error("aesthetic head", path, "it holds more than tensors") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise InputError(f"{path.name} is not a LAION aesthetic head: it is not a table of tensors.")
+    return {re.sub(r"^module\.", "", str(name)): value.float() for name, value in tensors.items()}
