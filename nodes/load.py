@@ -6,14 +6,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..vader_backend import mini, registry
+from ..vader_backend import registry
 from ..vader_backend.config import InputError
+from ..vader_backend.mini import files
 from ..vader_backend.models.base import VideoModel
 from . import host, schema
 
 _MARKER = "model_index.json"
-_EMBEDDED = "mini/"
-_WEIGHTS = Path(mini.__file__ or "").parent / "weights"
+_WEIGHTS = Path(files.__file__).parent / "weights"
 
 
 class VaderLoadVideoModel:
@@ -39,16 +39,15 @@ class VaderLoadVideoModel:
 
 def choices() -> list[str]:
     """The embedded checkpoints, then the folders of models/diffusers that a family recognises."""
-    embedded = [f"{_EMBEDDED}{path.parent.name}" for path in sorted(_WEIGHTS.glob(f"*/{_MARKER}"))]
+    embedded = [f"{files.PREFIX}{path.parent.name}" for path in sorted(_WEIGHTS.glob(f"*/{_MARKER}"))]
     found = host.checkpoints("diffusers", _MARKER)
     return [*embedded, *(name for name in found if _families(host.resolve("diffusers", name)))]
 
 
 def locate(checkpoint: str) -> Path:
     """The folder of a checkpoint. Raises InputError where there is none."""
-    embedded = _WEIGHTS / checkpoint.removeprefix(_EMBEDDED)
-    if checkpoint.startswith(_EMBEDDED) and embedded.parent == _WEIGHTS and embedded.is_dir():
-        return embedded
+    if checkpoint.startswith(files.PREFIX):
+        return files.weights(checkpoint.removeprefix(files.PREFIX))
     return host.resolve("diffusers", checkpoint)
 
 

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from ..vader_backend import registry
 from ..vader_backend.config import InputError, option
+from ..vader_backend.mini.files import PREFIX, weights
 from ..vader_backend.rewards.base import Combined, Reward, Towards
 from . import host, schema
 
-_EMBEDDED = "mini"
 _SLOTS = (1, 2, 3, 4)
 
 
@@ -50,10 +50,8 @@ def title(key: str) -> str:
 
 def locate(name: str) -> Path:
     """The file or folder of a reward's weights: embedded, or in models/reward_models."""
-    if name == _EMBEDDED or name.startswith(f"{_EMBEDDED}/"):
-        from ..vader_backend.mini.files import weights
-
-        return weights(name.removeprefix(f"{_EMBEDDED}/"))
+    if name.startswith(PREFIX):
+        return weights(name.removeprefix(PREFIX))
     return host.resolve(host.REWARD_MODELS, name)
 
 
@@ -146,9 +144,11 @@ def _node(key: str) -> type[RewardNode]:
 
 
 def _checkpoints(config: type) -> dict[str, list[str]]:
-    """What to offer for fields that name weights: those whose default is embedded."""
-    named = [f for f in dataclasses.fields(config) if isinstance(f.default, str) and f.default.startswith(_EMBEDDED)]
-    if not named:
-        return {}
-    found = [*host.checkpoints(host.REWARD_MODELS, "config.json"), *host.files(host.REWARD_MODELS)]
-    return {field.name: [str(field.default), *found] for field in named}
+    """What to offer for fields that name weights, which have embedded ones as their default: files or folders."""
+    found: dict[str, list[str]] = {}
+    for field in dataclasses.fields(config):
+        if isinstance(field.default, str) and field.default.startswith(PREFIX):
+            single = Path(field.default).suffix in host.WEIGHTS
+            others = host.files(host.REWARD_MODELS) if single else host.checkpoints(host.REWARD_MODELS, "config.json")
+            found[field.name] = [field.default, *others]
+    return found

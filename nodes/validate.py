@@ -104,6 +104,8 @@ def _literal(value: Any, kind: Any, what: str) -> Any:
 
 
 def _check_range(value: Any, kind: Any, options: Mapping[str, Any], what: str) -> None:
+    if isinstance(kind, list) and not kind:
+        raise InputError(f"{what} is {value!r}, but there is nothing to choose from. {options.get('tooltip', '')}")
     if isinstance(kind, list) and value not in kind:
         raise InputError(f"{what} is {value!r}; {suggest(value, kind)}")
     if ("min" in options and value < options["min"]) or ("max" in options and value > options["max"]):

@@ -9,6 +9,7 @@ import pickle
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from ._images import ImageConfig, ImageReward
 
 TITLE = "Aesthetic"
 _LINEAR = (0, 2, 4, 6, 7)  # places of the linear layers; dropout lies between
-_NAMES = [f"layers.{place}.{part}" for place in _LINEAR for part in ("weight", "bias")]
+_DIMENSIONS = {f"layers.{place}.{part}": n for place in _LINEAR for part, n in (("weight", 2), ("bias", 1))}
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class AestheticHead(nn.Module):
         """
         super().__init__()
         layers: list[nn.Module] = []
-        for i, (narrow, wide) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        for i, (narrow, wide) in enumerate(pairwise(widths)):
             layers.append(nn.Linear(narrow, wide))
             if i < 3:
                 layers.append(nn.Dropout((0.2, 0.2, 0.1)[i]))
@@ -86,8 +87,10 @@ def load_head(path: Path, width: int) -> AestheticHead:
         InputError: the file is missing, truncated, a pickle of anything but tensors, or made for other features.
     """
     tensors = _read(path)
-    if sorted(tensors) != sorted(_NAMES):
-        raise InputError(f"{path.name} is not a LAION aesthetic head: it lacks the keys layers.0 to layers.7.")
+    if {name: tensor.dim() for name, tensor in tensors.items()} != _DIMENSIONS:
+        raise InputError(
+            f"{path.name} is not a LAION aesthetic head: those hold layers.0 to layers.7 and nothing else."
+        )
     widths = [tensors["layers.0.weight"].shape[-1], *(len(tensors[f"layers.{place}.weight"]) for place in _LINEAR)]
     head = AestheticHead(widths)
     with reading("aesthetic head", path):
@@ -105,7 +108,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         try:
             tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         except pickle.UnpicklingError as error:
-            raise checkpoint_error("aesthetic head", path, "it holds more than tensors") from error
+            raise checkpoint_error("aesthetic head", path, "it is not a plain table of tensors") from error
     if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
         raise InputError(f"{path.name} is not a LAION aesthetic head: it is not a table of tensors.")
     return {re.sub(r"^module\.", "", str(name)): value.float() for name, value in tensors.items()}

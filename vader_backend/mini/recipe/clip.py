@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -14,7 +16,18 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from ...rewards._clip import Clip
 from ...rewards._images import CLIP_NORM
 from ...rng import generator
-from ..world import ALL_SCENES, BACKGROUNDS, COLORS, SEEN_SCENES, SHAPES, Look, Scene, random_look, random_scenes, render
+from ..world import (
+    ALL_SCENES,
+    BACKGROUNDS,
+    COLORS,
+    SEEN_SCENES,
+    SHAPES,
+    Look,
+    Scene,
+    random_look,
+    random_scenes,
+    render,
+)
 from .fit import SEED, fit
 from .tokenizer import MAX_TOKENS, save_tokenizer
 
@@ -51,7 +64,10 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 @dataclass(frozen=True)
 class Frames:
-    """Single frames [N, 3, 64, 64] in [0, 1] and what they show; facts are the rows of `_facts`."""
+    """Single frames [N, 3, 64, 64] in [0, 1] and what they show.
+
+    facts: [N, 3], the number of what is in sight, then vividness and haze as -1 low, 0 middling or 1 high.
+    """
 
     images: Tensor
     scenes: list[Scene]
@@ -66,18 +82,20 @@ def draw_frames(key: str, size: int, pool: tuple[Scene, ...] = SEEN_SCENES) -> F
     look = random_look(size, rng, uniform=True)
     moment = torch.randint(4, (size,), generator=rng)
     images = render(scenes, look, frames=4)[torch.arange(size), moment]
-    return Frames(images, scenes, look, _facts(scenes, look))
+    facts = torch.stack([_kinds(scenes), _grade(look.vivid), _grade(look.haze)], dim=1)
+    return Frames(images, scenes, look, facts)
 
 
-def _facts(scenes: list[Scene], look: Look) -> Tensor:
-    """[N, 3]: a number for colour, shape and background, then vividness and haze as -1 low, 0 middling or 1 high."""
-    kinds = [
-        (list(COLORS).index(s.color) * len(SHAPES) + SHAPES.index(s.shape)) * len(BACKGROUNDS)
-        + list(BACKGROUNDS).index(s.background)
-        for s in scenes
-    ]
-    grades = [(value > 0.6).long() - (value < 0.4).long() for value in (look.vivid, look.haze)]
-    return torch.stack([torch.tensor(kinds), *grades], dim=1)
+def _kinds(scenes: Sequence[Scene]) -> Tensor:
+    """[N]: a number for colour, shape and background, all that one frame shows of a scene."""
+    shown = [(s.color, s.shape, s.background) for s in scenes]
+    every = list(product(COLORS, SHAPES, BACKGROUNDS))
+    return torch.tensor([every.index(entry) for entry in shown])
+
+
+def _grade(value: Tensor) -> Tensor:
+    """-1 low, 0 middling, 1 high."""
+    return (value > 0.6).long() - (value < 0.4).long()
 
 
 def describe(scene: Scene, facts: Tensor, rng: torch.Generator) -> tuple[str, Tensor]:
@@ -135,7 +153,7 @@ def judge_clip(model: CLIPModel, tokenizer: CLIPTokenizer, trials: int = 600) ->
     fresh = draw_frames("clip judge", trials, ALL_SCENES)
     features = torch.cat([clip.image_features(part) for part in fresh.images.split(200)])
     scores = features @ clip.text_features([scene.caption for scene in ALL_SCENES]).T
-    kinds = _facts(list(ALL_SCENES), random_look(len(ALL_SCENES), generator(SEED, "unused")))[:, 0]
+    kinds = _kinds(ALL_SCENES)
     rng = generator(SEED, "clip distractors")
     right = []
     for row, scene in enumerate(fresh.scenes):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+from tiny import SCHEDULER, tiny_model
 from torch import Tensor
 from vader_nodes.vader_backend.types import FrameSpec
 
@@ -19,15 +17,12 @@ SMALL = {"frames": 3, "height": 8, "width": 8}
 
 def save_tiny(folder: Path) -> None:
     """Write the tiny model of tests/tiny.py as a diffusers folder."""
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    tiny = importlib.import_module("tiny")
-    sys.path.pop(0)
-    model = tiny.tiny_model(folder, torch.float32)
+    model = tiny_model(folder, torch.float32)
     model.denoiser.save_pretrained(folder / "unet")
     model.vae.save_pretrained(folder / "vae")
     model.text_encoder.save_pretrained(folder / "text_encoder")
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(tiny.SCHEDULER))
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "TextToVideoSDPipeline"}))
 
 
@@ -84,11 +79,3 @@ def story() -> Workflow:
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
-
-
-@pytest.fixture(scope="session")
-def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base directory whose models/diffusers holds `tiny`."""
-    base = tmp_path_factory.mktemp("base")
-    save_tiny(base / "models" / "diffusers" / "tiny")
-    return base

@@ -1,0 +1,56 @@
+"""Preprocessing against Pillow, which the published processors stand on, and the scores against plain formulas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from vader_nodes.vader_backend.rewards._clip import load_clip
+from vader_nodes.vader_backend.rewards._images import CLIP_NORM
+
+from .conftest import PROMPTS, video
+
+MEAN, STD = (torch.tensor(part)[:, None, None] for part in CLIP_NORM)
+
+
+def smooth_picture(height: int, width: int) -> Image.Image:
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
+    waves = [0.5 + 0.3 * np.sin(5 * x + 3 * y + phase) for phase in (0.0, 1.0, 2.0)]
+    return Image.fromarray((np.stack(waves, -1) * 255).round().astype("uint8"))
+
+
+def as_tensor(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+
+
+@pytest.mark.parametrize("size", [(40, 40), (33, 50), (50, 33), (10, 12)])
+def test_squash_is_pillows_bicubic(folder: Path, size: tuple[int, int]) -> None:
+    picture = smooth_picture(*size)
+    expected = (as_tensor(picture.resize((16, 16), Image.Resampling.BICUBIC)) - MEAN) / STD
+    got = load_clip(folder / "clip", "squash").pixels(as_tensor(picture))
+    assert float((got - expected).abs().max()) < 1.5 / 255 / float(STD.min())
+
+
+@pytest.mark.parametrize(("size", "scaled"), [((40, 40), (16, 16)), ((33, 50), (16, 24)), ((50, 33), (24, 16))])
+def test_crop_keeps_the_shape_and_cuts_the_centre(folder: Path, size: tuple[int, int], scaled: tuple[int, int]) -> None:
+    picture = smooth_picture(*size)
+    top, left = (scaled[0] - 16) // 2, (scaled[1] - 16) // 2
+    small = as_tensor(picture.resize(scaled[::-1], Image.Resampling.BICUBIC))
+    expected = (small[..., top : top + 16, left : left + 16] - MEAN) / STD
+    got = load_clip(folder / "clip", "crop").pixels(as_tensor(picture))
+    assert float((got - expected).abs().max()) < 1.5 / 255 / float(STD.min())
+
+
+def test_scores_are_cosines_of_the_transformers_model(folder: Path, make: Callable[..., Any]) -> None:
+    reward, clip = make("hps"), load_clip(folder / "clip")
+    frames = video(1, 16, 16)
+    tokens = clip.tokenizer(list(PROMPTS), padding=True, truncation=True, max_length=12, return_tensors="pt")
+    output = clip.model(**tokens, pixel_values=(frames[:, 0] - MEAN) / STD)
+    torch.testing.assert_close(reward(frames, PROMPTS, [0]), (output.image_embeds * output.text_embeds).sum(1))
+    torch.testing.assert_close(make("pickscore")(frames, PROMPTS, [0]), output.logits_per_image.diagonal())
