@@ -13,7 +13,6 @@ from ..vader_backend.models.base import VideoModel
 from . import host, schema
 
 _MARKER = "model_index.json"
-_WEIGHTS = Path(files.__file__).parent / "weights"
 
 
 class VaderLoadVideoModel:
@@ -39,7 +38,7 @@ class VaderLoadVideoModel:
 
 def choices() -> list[str]:
     """The embedded checkpoints, then the folders of models/diffusers that a family recognises."""
-    embedded = [f"{files.PREFIX}{path.parent.name}" for path in sorted(_WEIGHTS.glob(f"*/{_MARKER}"))]
+    embedded = [f"{files.PREFIX}{path.parent.name}" for path in sorted(files.ROOT.glob(f"*/{_MARKER}"))]
     found = host.checkpoints("diffusers", _MARKER)
     return [*embedded, *(name for name in found if _families(host.resolve("diffusers", name)))]
 

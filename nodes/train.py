@@ -95,15 +95,14 @@ class VaderTrainLoRA:
         settings = _settings(values)
         start = lora_file(existing_lora)
         warn_long(model, prompts.train)
-        held_out: list[tuple[int, float]] = []
         networks = [*model.parts().values(), *reward.networks()]
         with host.workspace(networks), host.progress("Training", unique_id) as show:
-            hooks = _hooks(show, settings.train.steps, held_out)
+            hooks = _hooks(show, settings.train.steps)
             result = align(model, reward, prompts, settings, root=host.runs(), name=name, start=start, hooks=hooks)
         report = _report(result)
         host.note(report, unique_id)
         loss_map = {"loss": result.losses}
-        return {"ui": {"images": _curve(result, held_out), "text": [report]}, "result": (result.lora, loss_map, report)}
+        return {"ui": {"images": _curve(result), "text": [report]}, "result": (result.lora, loss_map, report)}
 
 
 def _settings(values: dict[str, Any]) -> Settings:
@@ -111,16 +110,15 @@ def _settings(values: dict[str, Any]) -> Settings:
     return Settings(objective, "vader", lora, train, video)
 
 
-def _hooks(show: Callable[..., None], total: int, held_out: list[tuple[int, float]]) -> Hooks:
-    """Progress and previews on the node; the rewards of the previews are added to `held_out`."""
+def _hooks(show: Callable[..., None], total: int) -> Hooks:
+    """Progress and previews on the node."""
 
     def progress(done: int, total: int, metrics: dict[str, float]) -> None:
         show(done, total, f"reward {metrics['reward']:.4g}")
 
     def preview(done: int, validation: Validation) -> None:
-        reward = float(validation.rewards.mean())
-        held_out.append((done, reward))
-        show(done, total, f"held-out reward {reward:.4g}", lambda: _strip(validation.video_BTCHW))
+        text = f"held-out reward {float(validation.rewards.mean()):.4g}"
+        show(done, total, text, lambda: _strip(validation.video_BTCHW))
 
     return Hooks(progress=progress, preview=preview, on_sample_step=host.cancel)
 
@@ -144,9 +142,9 @@ def _report(result: AlignResult) -> str:
     return "\n".join(lines)
 
 
-def _curve(result: AlignResult, held_out: list[tuple[int, float]]) -> list[dict[str, str]]:
+def _curve(result: AlignResult) -> list[dict[str, str]]:
     """The reward curve in the run folder, as ComfyUI shows it; one that is there is kept."""
     path = result.folder / "reward_curve.png"
     if host.is_main() and result.rewards and not (result.reused and path.exists()):
-        reward_curve(path, range(1, len(result.rewards) + 1), result.rewards, held_out)
+        reward_curve(path, range(1, len(result.rewards) + 1), result.rewards, result.held_out)
     return [host.shown(path)] if path.exists() else []

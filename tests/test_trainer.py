@@ -18,7 +18,6 @@ from torch import Tensor
 from vader_nodes.vader_backend.align import AlignResult, Settings, align
 from vader_nodes.vader_backend.generate import VideoConfig
 from vader_nodes.vader_backend.lora import LoraConfig, attached
-from vader_nodes.vader_backend.memory.gradient_checkpointing import gradient_checkpointing
 from vader_nodes.vader_backend.objectives import vader
 from vader_nodes.vader_backend.prompts import PromptSet
 from vader_nodes.vader_backend.rewards.base import SingleReward
@@ -73,7 +72,7 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:
         assert (split[name] - gradient).abs().max() <= 1e-9 * max(float(g.abs().max()) for g in whole.values())
 
 
-def gradient_of(folder: Path, batch_size: int, accumulation: int, checkpointing: bool = False) -> dict[str, Tensor]:
+def gradient_of(folder: Path, batch_size: int, accumulation: int) -> dict[str, Tensor]:
     """The summed gradient of the first update, in float64."""
     model = tiny_model(folder)
     found: dict[str, Tensor] = {}
@@ -87,18 +86,8 @@ def gradient_of(folder: Path, batch_size: int, accumulation: int, checkpointing:
             chosen.objective, model, Brightness(), PROMPTS.train, (), chosen.video.resolve(model), seed=0
         )
         accelerator = new_accelerator(model.device)
-        if checkpointing:
-            with gradient_checkpointing(model):
-                train(parameters, objective, chosen.train, learning_rate=0.1, accelerator=accelerator)
-        else:
-            train(parameters, objective, chosen.train, learning_rate=0.1, accelerator=accelerator)
+        train(parameters, objective, chosen.train, learning_rate=0.1, accelerator=accelerator)
     return found
-
-
-def test_gradient_checkpointing_is_bitwise_equal(tmp_path: Path) -> None:
-    plain = gradient_of(tmp_path, batch_size=2, accumulation=1)
-    assert any(g.any() for g in plain.values())
-    assert_same(plain, gradient_of(tmp_path, batch_size=2, accumulation=1, checkpointing=True))
 
 
 def test_a_finished_run_is_reused(tmp_path: Path) -> None:
@@ -146,7 +135,7 @@ class Broken(SingleReward):
     """Gives NaN from the given call on."""
 
     name = "broken"
-    description = {"kind": "broken"}  # noqa: RUF012
+    description = {"kind": "broken"}
 
     def __init__(self, calls: range) -> None:
         self.calls = calls

@@ -1,7 +1,7 @@
 """Run by test_trainer.py as a process of its own, so that it can be killed or launched twice.
 
-    train_worker.py align FOLDER            20 steps; prints «step N», writes FOLDER/digest at the end
-    train_worker.py gradient FOLDER BATCH   one update in float64; each process writes the gradient it applied
+train_worker.py align FOLDER            20 steps; prints «step N», writes FOLDER/digest at the end
+train_worker.py gradient FOLDER BATCH   one update in float64; each process writes the gradient it applied
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import torch
 
 os.environ.setdefault("TQDM_DISABLE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
-import conftest  # noqa: E402, F401
-from safetensors.torch import save_file  # noqa: E402
-from tiny import Brightness, tiny_model  # noqa: E402
-from vader_nodes.vader_backend.align import Settings, align  # noqa: E402
-from vader_nodes.vader_backend.generate import VideoConfig  # noqa: E402
-from vader_nodes.vader_backend.lora import LoraConfig, attached  # noqa: E402
-from vader_nodes.vader_backend.objectives import vader  # noqa: E402
-from vader_nodes.vader_backend.prompts import PromptSet  # noqa: E402
-from vader_nodes.vader_backend.trainer import Hooks, TrainOptions, new_accelerator, train  # noqa: E402
+import conftest  # noqa: F401
+from safetensors.torch import save_file
+from tiny import Brightness, tiny_model
+from vader_nodes.vader_backend.align import Settings, align
+from vader_nodes.vader_backend.generate import VideoConfig
+from vader_nodes.vader_backend.lora import LoraConfig, attached
+from vader_nodes.vader_backend.objectives import vader
+from vader_nodes.vader_backend.prompts import PromptSet
+from vader_nodes.vader_backend.trainer import Hooks, TrainOptions, new_accelerator, train
 
 PROMPTS = PromptSet(("a red circle", "a blue square", "a green cross"), ())
 
@@ -33,7 +33,9 @@ def run_align(folder: Path) -> None:
     settings = Settings(
         vader.Config(sampling_steps=3, guidance=2.0),
         lora=LoraConfig(rank=2, dropout=0.1),
-        train=TrainOptions(steps=20, learning_rate=0.02, save_every=1, ema_decay=0.9, warmup_steps=3, lr_schedule="cosine"),
+        train=TrainOptions(
+            steps=20, learning_rate=0.02, save_every=1, ema_decay=0.9, warmup_steps=3, lr_schedule="cosine"
+        ),
         video=VideoConfig(3, 8, 8),
     )
     hooks = Hooks(progress=lambda done, total, metrics: print(f"step {done}", flush=True))
@@ -47,7 +49,7 @@ def run_align(folder: Path) -> None:
 
 def run_gradient(folder: Path, batch_size: int) -> None:
     torch.set_num_threads(1)
-    rank = int(os.environ.get("RANK", 0))
+    rank = int(os.environ.get("RANK", "0"))
     folder.mkdir(parents=True, exist_ok=True)
     model = tiny_model(folder / f"model_{rank}")
     options = TrainOptions(steps=1, batch_size=batch_size, max_grad_norm=0.0)

@@ -46,11 +46,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class AlignResult:
-    """lora: what was trained. reused: whether a finished run of the same configuration was found."""
+    """lora: what was trained. reused: whether a finished run of the same configuration was found.
+
+    losses, rewards: one value per step. held_out: (step, mean reward of the previewed prompts).
+    """
 
     lora: LoraWeights
     losses: list[float]
     rewards: list[float]
+    held_out: list[tuple[int, float]]
     skipped: int
     folder: Path
     reused: bool
@@ -112,7 +116,8 @@ def align(
 
 
 def _result(lora: LoraWeights, curves: dict[str, Any], folder: RunFolder, *, reused: bool) -> AlignResult:
-    return AlignResult(lora, curves["losses"], curves["rewards"], curves["skipped"], folder.path, reused)
+    held_out = [(line["step"], line["held_out_reward"]) for line in folder.metrics() if "held_out_reward" in line]
+    return AlignResult(lora, curves["losses"], curves["rewards"], held_out, curves["skipped"], folder.path, reused)
 
 
 def _recording(hooks: Hooks, folder: RunFolder, fps: float) -> Hooks:
@@ -129,6 +134,7 @@ def _recording(hooks: Hooks, folder: RunFolder, fps: float) -> Hooks:
 
     def preview(done: int, validation: Validation) -> None:
         folder.preview(done, validation.video_BTCHW, fps)
+        folder.log(done, {"held_out_reward": float(validation.rewards.mean())})
         hooks.preview(done, validation)
 
     return replace(hooks, progress=progress, preview=preview)

@@ -28,7 +28,9 @@ def option(
 ) -> Any:
     """A dataclass field with its tooltip, its inclusive range or its choices."""
     metadata = {"help": help, "low": low, "high": high, "step": step, "choices": choices, "multiline": multiline}
-    return dataclasses.field(default=default, metadata={k: v for k, v in metadata.items() if v not in (None, False)})
+    return dataclasses.field(
+        default=default, metadata={k: v for k, v in metadata.items() if v is not None and v is not False}
+    )
 
 
 def check(config: Any) -> None:

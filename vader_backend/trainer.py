@@ -41,7 +41,11 @@ class TrainOptions:
         1.0, "Gradients are clipped to this norm; 0 = not clipped.", low=0.0, high=1000.0, step=0.1
     )
     ema_decay: float = option(
-        0.0, "Above 0, the result is the moving average of the LoRA with this decay.", low=0.0, high=0.99999, step=0.001
+        0.0,
+        "Above 0, the result is the moving average of the LoRA with this decay.",
+        low=0.0,
+        high=0.99999,
+        step=0.0001,
     )
     gradient_checkpointing: bool = option(
         False, "Recompute activations in the backward pass: less memory, about a third more time."
@@ -164,10 +168,10 @@ class _Loop:
             self.result.losses.append(metrics["loss"])
             self.result.rewards.append(metrics.get("reward", math.nan))
             self._between_steps = True
-            if self.result.step % self.options.save_every == 0:
-                self.save()
             self.hooks.progress(self.result.step, self.options.steps, metrics)
             self._preview()
+            if self.result.step % self.options.save_every == 0:
+                self.save()
 
     def _update(self, batch: Batch) -> dict[str, float]:
         """One optimizer step; its metrics, averaged over all samples and processes."""
@@ -238,8 +242,8 @@ class _Loop:
         if self.failures >= _GIVE_UP_AFTER:
             raise TrainingError(
                 f"{_GIVE_UP_AFTER} steps in a row gave a loss or gradient that is not finite (loss {loss}, gradient "
-                f"norm {norm}). Try a lower learning_rate, a smaller K, bfloat16 or float32 instead of float16 weights, "
-                "or another reward; the last good state is saved."
+                f"norm {norm}). Try a lower learning_rate, a smaller K, bfloat16 or float32 instead of "
+                "float16 weights, or another reward; the last good state is saved."
             )
         return False
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..config import InputError, suggest
 
-_ROOT = Path(__file__).parent / "weights"
+ROOT = Path(__file__).parent / "weights"
 PREFIX = "mini/"
 
 
@@ -16,9 +16,9 @@ def weights(name: str) -> Path:
     Raises:
         InputError: there is none of this name.
     """
-    path = _ROOT / name
+    path = ROOT / name
     if ".." in Path(name).parts or not path.exists():
-        known = sorted(p.name for p in _ROOT.iterdir()) if _ROOT.is_dir() else []
+        known = sorted(p.name for p in ROOT.iterdir()) if ROOT.is_dir() else []
         hint = suggest(name, known) if known else "run `make mini` to train them."
         raise InputError(f"There are no embedded weights {name!r}: {hint}")
     return path

@@ -31,11 +31,11 @@ from ..world import (
 from .fit import SEED, fit
 from .tokenizer import MAX_TOKENS, save_tokenizer
 
-STEPS = 1500
+STEPS = 2000
 WIDTH = 128
-_BATCH = 64
+_GROUPS, _ALIKE = 16, 4  # a batch: so many kinds of frames, and of each so many that differ in their looks
 _POOL = 8000
-_NAMED = 0.35  # how often a text names the vividness, and how often the haze
+_NAMED = 0.5  # how often a text names the vividness, and how often the haze
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -125,11 +125,13 @@ def train_clip(tokenizer: CLIPTokenizer, work: Path, steps: int = STEPS) -> CLIP
     model = new_clip(tokenizer)
     clip = Clip(model, tokenizer)
     pool = draw_frames("clip pool", _POOL)
+    kinds = [(pool.facts[:, 0] == kind).nonzero().flatten() for kind in pool.facts[:, 0].unique()]
 
     def loss(step: int, rng: torch.Generator) -> Tensor:
-        rows = torch.randint(_POOL, (_BATCH,), generator=rng)
+        chosen = [kinds[i] for i in torch.randperm(len(kinds), generator=rng)[:_GROUPS].tolist()]
+        rows = torch.cat([kind[torch.randperm(len(kind), generator=rng)[:_ALIKE]] for kind in chosen])
         texts, named = zip(*(describe(pool.scenes[row], pool.facts[row], rng) for row in rows.tolist()), strict=True)
-        tokens = tokenizer(list(texts), padding="max_length", return_tensors="pt").input_ids
+        tokens = tokenizer(list(texts), padding=True, return_tensors="pt").input_ids
         output = model(input_ids=tokens, pixel_values=clip.pixels(roughen(pool.images[rows], rng)))
         true = _true(pool.facts[rows], torch.stack(named)).float()
         logits = output.logits_per_image.float()

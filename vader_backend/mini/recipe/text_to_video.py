@@ -16,14 +16,16 @@ from diffusers import AutoencoderKL, UNet3DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ...generate import SampleConfig, generate
 from ...models.modelscope import ModelScope
 from ...process import VariancePreserving
 from ...rng import generator
-from ..world import FRAMES, SEEN_SCENES, random_look, random_scenes, render
+from .. import oracle
+from ..world import FRAMES, SEEN_SCENES, UNSEEN_SCENES, random_look, random_scenes, render
 from .fit import SEED, fit
 from .tokenizer import MAX_TOKENS, save_tokenizer
 
-STEPS = 3800
+STEPS = 3000
 _BATCH = 16
 _POOL = 6000
 _DROP_TEXT = 0.1
@@ -141,3 +143,16 @@ def save_text_to_video(model: TextToVideo, vae: AutoencoderKL, folder: Path) -> 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def judge_text_to_video(
+    model: TextToVideo, vae: AutoencoderKL, tokenizer: CLIPTokenizer, samples: int = 240
+) -> dict[str, dict[str, float]]:
+    """What the oracle reads from samples of every seen and as many of the unseen captions, with guidance."""
+    assembled = assemble(model, vae, tokenizer)
+    result = {}
+    for name, pool in (("seen", SEEN_SCENES), ("unseen", UNSEEN_SCENES)):
+        scenes = [pool[i % len(pool)] for i in range(samples)]
+        videos = generate(assembled, [scene.caption for scene in scenes], SampleConfig(seed=1, batch_size=16))
+        result[name] = oracle.accuracy(videos, scenes)
+    return result
