@@ -16,10 +16,10 @@ mini: $(READY)
 	$(BIN)/python -m vader_nodes.vader_backend.mini.recipe
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-full: lint
-	$(BIN)/python -m pytest --slow
+	$(BIN)/python -m pytest -n auto --slow
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ def _load_package() -> None:
 
 
 _load_package()
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the networks are tiny; make test runs one process per core
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

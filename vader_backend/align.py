@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .checkpoint import require_space
 from .config import check
 from .generate import VideoConfig
 from .lora import LoraConfig, LoraWeights, attached, export
@@ -97,6 +98,7 @@ def align(
         found = folder.finished()
         if found is not None:
             return _result(found[0], found[1], folder, reused=True)
+        require_space(root, _footprint(parameters))
         if settings.train.gradient_checkpointing:
             stack.enter_context(gradient_checkpointing(model))
         accelerator.wait_for_everyone()
@@ -158,6 +160,11 @@ def _configuration(
         "start": _digest(start),
         "processes": processes,
     }
+
+
+def _footprint(parameters: dict[str, nn.Parameter]) -> int:
+    """Bytes that a run may come to take: three checkpoints of weights, their average and two moments, and previews."""
+    return 3 * 4 * 4 * sum(p.numel() for p in parameters.values()) + 20_000_000
 
 
 def _digest(weights: dict[str, Tensor] | None) -> str | None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .config import InputError
 
 _TENSOR = "__tensor__"
 _CHECKPOINT = re.compile(r"step_(\d+)\.safetensors")
@@ -23,16 +26,37 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the final name only when the block ends well.
 
     A process killed inside the block leaves the old file, if any, as it was.
+
+    Raises:
+        InputError: the file cannot be written, for want of space or permission; nothing is left of it then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be written ({reason}); free some space or choose another place.") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def require_space(folder: Path, size: int) -> None:
+    """Refuse before a long run what would end on a full disk; `size` in bytes.
+
+    Raises:
+        InputError: the disk of `folder` has less space left.
+    """
+    present = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(present).free
+    if free < size:
+        raise InputError(
+            f"The run needs about {size / 1e6:.0f} MB in {folder}, but {free / 1e6:.0f} MB are left; free some space."
+        )
 
 
 def write_text(path: Path, text: str) -> None:

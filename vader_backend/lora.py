@@ -61,13 +61,8 @@ def save_lora(path: Path, weights: LoraWeights) -> None:
     Raises:
         InputError: the file cannot be written, for want of space or permission.
     """
-    try:
-        with atomic_path(path) as temporary:
-            save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary, weights.metadata)
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"The LoRA cannot be written to {path} ({error}); free some space or change its name."
-        ) from error
+    with atomic_path(path) as temporary:
+        save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, temporary, weights.metadata)
 
 
 def load_lora(path: Path) -> LoraWeights:

@@ -85,12 +85,7 @@ class RunFolder:
 
     def _save(self, path: Path, text: str) -> None:
         if self._write:
-            try:
-                write_text(path, text)
-            except OSError as error:
-                raise InputError(
-                    f"The run folder {self.path} cannot be written ({error}); free some space or choose another."
-                ) from error
+            write_text(path, text)
 
 
 def check_name(name: str, what: str) -> None:

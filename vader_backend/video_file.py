@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -34,7 +32,7 @@ def write_mp4(path: Path, video_TCHW: Tensor, fps: float) -> None:
     if not 0 < fps <= 1000:
         raise InputError(f"fps is {fps}; it must be above 0 and at most 1000.")
     pixels_THWC = _pixels(video_TCHW)
-    with saving(path), atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=_QUALITY)
         stream.height, stream.width = pixels_THWC.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -62,20 +60,6 @@ def read_mp4(path: Path) -> Tensor:
 def shown_size(height: int, width: int) -> int:
     """The whole factor by which a video of this size is enlarged for viewing."""
     return max(1, -(-_SMALL // max(height, width)))
-
-
-@contextmanager
-def saving(path: Path) -> Iterator[None]:
-    """Turn a full disk, a missing right or the like into one sentence.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"{path} cannot be written ({reason}); free some space or choose another folder.") from error
 
 
 def _pixels(video_TCHW: Tensor) -> Tensor:

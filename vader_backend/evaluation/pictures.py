@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import atomic_path
 from ..config import InputError
-from ..video_file import saving, shown_size
+from ..video_file import shown_size
 
 _GAP = 8
 _FONT = 13
@@ -70,7 +70,7 @@ def contact_sheet(path: Path, rows_BTCHW: Mapping[str, Tensor], titles: Sequence
         shown = np.pad(shown, ((0, 0), (0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)  # frames stay apart
         grid.append([np.concatenate(list(shown[:, column]), axis=1) for column in range(len(titles))])
     sheet = _sheet(grid, list(titles), list(rows_BTCHW))
-    with saving(path), atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         sheet.save(temporary, format="PNG")
 
 
@@ -94,7 +94,7 @@ def reward_curve(
         axes.legend(frameon=False)
     axes.set(xlabel="optimizer step", ylabel="reward")
     axes.spines[["top", "right"]].set_visible(False)
-    with saving(path), atomic_path(path) as temporary:
+    with atomic_path(path) as temporary:
         canvas.print_png(str(temporary))
 
 

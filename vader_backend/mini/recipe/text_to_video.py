@@ -25,7 +25,7 @@ from ..world import FRAMES, SEEN_SCENES, UNSEEN_SCENES, random_look, random_scen
 from .fit import SEED, fit
 from .tokenizer import MAX_TOKENS, save_tokenizer
 
-STEPS = 3000
+STEPS = 2000
 _BATCH = 16
 _POOL = 6000
 _DROP_TEXT = 0.1
