@@ -198,9 +198,7 @@ def test_killed_at_a_random_step_and_resumed_equals_uninterrupted(tmp_path: Path
 
 
 def test_two_processes_give_the_gradient_of_one_with_twice_the_batch(tmp_path: Path) -> None:
-    launch = (sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-              "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
-              "--num_cpu_threads_per_process", "1", "--main_process_port", "0")  # fmt: skip
+    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     two = start_worker("gradient", tmp_path / "two", 1, prefix=launch)
     _, errors = two.communicate(timeout=300)
     assert two.returncode == 0, errors

@@ -51,7 +51,7 @@ def test_train_sample_score_compare_and_save(base: Path) -> None:
     assert torch.equal(again["6"][0], results["6"][0])
     saved = {**small(lora_name=name.removeprefix("loras/")), "6": node("VaderSaveVideo", images=["4", 0])}
     from_file, _ = run(saved)
-    assert torch.equal(from_file["4"][0], results["6"][0][:6])
+    assert (from_file["4"][0] - results["6"][0][:6]).abs().max() < 1e-4  # other batch sizes round otherwise
 
 
 def test_strength_zero_is_the_base_model(base: Path) -> None:

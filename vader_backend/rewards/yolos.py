@@ -21,7 +21,7 @@ from ..loading import load_frozen, reading
 from ..mini.files import locate as embedded
 from ._images import IMAGENET_NORM, ImageConfig, ImageReward, normalise, over_frames, resize
 
-TITLE = "YOLOS Object"
+TITLE = "YOLOS"
 _THRESHOLD = 0.2
 _PUBLISHED_HEIGHT = 512
 
