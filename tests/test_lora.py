@@ -79,7 +79,7 @@ def test_diffusers_with_peft_reads_the_file_with_equal_output(model: ModelScope,
     config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(model.lora_targets))
     unet = peft.inject_adapter_in_model(config, other.denoiser)
     result = peft.set_peft_model_state_dict(unet, state)
-    assert not result.unexpected_keys
+    assert not result.unexpected_keys  # type: ignore[attr-defined]
     pipeline = TextToVideoSDPipeline(
         vae=other.vae, text_encoder=other.text_encoder, tokenizer=other.tokenizer, unet=unet,
         scheduler=DDIMScheduler(**SCHEDULER, clip_sample=False),

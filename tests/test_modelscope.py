@@ -69,6 +69,10 @@ def pickled(folder: Path) -> None:
     file.rename(file.with_suffix(".bin"))
 
 
+def spoil(folder: Path) -> None:
+    (folder / "unet" / "config.json").write_text("{")
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no folder": (shutil.rmtree, "scheduler|missing"),
     "no denoiser": (lambda folder: shutil.rmtree(folder / "unet"), "denoiser is missing"),
@@ -77,10 +81,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "truncated": (truncate, "denoiser .* cannot be read"),
     "foreign": (exchange, "denoiser .* cannot be read"),
     "pickle": (pickled, "pickle"),
-    "no json": (
-        lambda folder: (folder / "unet" / "config.json").write_text("{") and None,
-        "denoiser .* cannot be read",
-    ),
+    "no json": (spoil, "denoiser .* cannot be read"),
 }
 
 

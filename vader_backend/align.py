@@ -118,7 +118,7 @@ def align(
 
 
 def _result(lora: LoraWeights, curves: dict[str, Any], folder: RunFolder, *, reused: bool) -> AlignResult:
-    held_out = [(line["step"], line["held_out_reward"]) for line in folder.metrics() if "held_out_reward" in line]
+    held_out = [(int(line["step"]), line["held_out_reward"]) for line in folder.metrics() if "held_out_reward" in line]
     return AlignResult(lora, curves["losses"], curves["rewards"], held_out, curves["skipped"], folder.path, reused)
 
 

@@ -101,7 +101,10 @@ def attached(
     """
     rank = config.rank or model.defaults.rank
     peft_config = peft.LoraConfig(
-        r=rank, lora_alpha=config.alpha or rank, lora_dropout=config.dropout, target_modules=list(model.lora_targets)
+        r=rank,
+        lora_alpha=config.alpha or rank,  # type: ignore[arg-type]  # peft takes fractions too
+        lora_dropout=config.dropout,
+        target_modules=list(model.lora_targets),
     )
     if start is not None:
         tensors = _by_module(model, start)
@@ -164,10 +167,10 @@ def _layers(denoiser: nn.Module) -> dict[str, LoraLayer]:
 
 
 def _parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
-    found = {}
+    found: dict[str, nn.Parameter] = {}
     for name, layer in _layers(denoiser).items():
-        found[f"{name}.lora_A.weight"] = layer.lora_A[_ADAPTER].weight
-        found[f"{name}.lora_B.weight"] = layer.lora_B[_ADAPTER].weight
+        for side in ("lora_A", "lora_B"):
+            found[f"{name}.{side}.weight"] = getattr(layer, side)[_ADAPTER].weight
     return found
 
 

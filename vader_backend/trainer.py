@@ -200,7 +200,7 @@ class _Loop:
         return {
             **averages,
             "grad_norm": norm,
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": float(self.scheduler.get_last_lr()[0]),
             "skipped": self.result.skipped,
         }
 

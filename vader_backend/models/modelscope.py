@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..config import InputError, check, option
 from ..loading import DTYPES, fingerprint, load_frozen, reading
-from ..process import VariancePreserving
+from ..process import Process, VariancePreserving
 from ..types import Conditioning, VideoSpec
 from .base import Defaults
 
@@ -71,7 +71,7 @@ def build(config: Config) -> ModelScope:
 class ModelScope:
     """See `vader_backend.models.base.VideoModel`."""
 
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefix = "unet."
 
     def __init__(
@@ -88,7 +88,7 @@ class ModelScope:
         self.vae = vae
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
-        self.process = process
+        self.process: Process = process
         self.fingerprint = fingerprint(denoiser)
         self.blocks: Sequence[nn.Module] = [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
