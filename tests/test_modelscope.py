@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SCHEDULER, VIDEO, tiny_model
+from tiny import VIDEO, save_tiny
 from vader_nodes.vader_backend.config import InputError
 from vader_nodes.vader_backend.models import modelscope
 from vader_nodes.vader_backend.models.modelscope import Config, ModelScope, build
@@ -18,14 +18,7 @@ from vader_nodes.vader_backend.models.modelscope import Config, ModelScope, buil
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelScope]:
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_model(folder, torch.float32)
-    model.denoiser.save_pretrained(folder / "unet")
-    model.vae.save_pretrained(folder / "vae")
-    model.text_encoder.save_pretrained(folder / "text_encoder")
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "TextToVideoSDPipeline"}))
-    return folder, model
+    return folder, save_tiny(folder)
 
 
 @pytest.fixture

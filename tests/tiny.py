@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +48,18 @@ def tiny_model(folder: Any, dtype: torch.dtype = torch.float64, **scheduler: Any
         network.to(dtype).eval().requires_grad_(False)
     process = VariancePreserving.from_config(SCHEDULER | scheduler)
     return ModelScope("tiny", unet, vae, text, tokenizer, process)
+
+
+def save_tiny(folder: Path) -> ModelScope:
+    """The tiny model in float32, written as a diffusers folder."""
+    model = tiny_model(folder, torch.float32)
+    model.denoiser.save_pretrained(folder / "unet")
+    model.vae.save_pretrained(folder / "vae")
+    model.text_encoder.save_pretrained(folder / "text_encoder")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "TextToVideoSDPipeline"}))
+    return model
 
 
 class Brightness:

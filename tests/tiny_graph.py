@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-import torch
-from tiny import SCHEDULER, tiny_model
 from torch import Tensor
 from vader_nodes.vader_backend.types import FrameSpec
 
 Workflow = dict[str, dict[str, Any]]
 SMALL = {"frames": 3, "height": 8, "width": 8}
-
-
-def save_tiny(folder: Path) -> None:
-    """Write the tiny model of tests/tiny.py as a diffusers folder."""
-    model = tiny_model(folder, torch.float32)
-    model.denoiser.save_pretrained(folder / "unet")
-    model.vae.save_pretrained(folder / "vae")
-    model.text_encoder.save_pretrained(folder / "text_encoder")
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "TextToVideoSDPipeline"}))
 
 
 class Redness:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny_graph import save_tiny
+from tiny import save_tiny
 from vader_nodes.nodes import host
 
 
