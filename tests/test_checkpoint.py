@@ -171,3 +171,4 @@ def test_sigkill_during_saves_always_leaves_a_loadable_checkpoint(tmp_path: Path
     found = folder.load_newest()
     assert found is not None
     assert_equal(found[1], tree(7))
+    assert {path.name for path in tmp_path.iterdir()} == {f"step_{step:06d}.safetensors" for step in folder.steps()}

@@ -126,8 +126,10 @@ class CheckpointFolder:
         return sorted(int(match[1]) for match in found if match)
 
     def save(self, step: int, tree: Any) -> None:
-        """Write a checkpoint, then delete all but the newest `keep`."""
+        """Write a checkpoint, then delete all but the newest `keep` and what a killed process left half-written."""
         save_tree(self._path(step), tree)
+        for left in self.folder.glob(".*"):
+            left.unlink(missing_ok=True)
         for old in self.steps()[: -self.keep]:
             self._path(old).unlink(missing_ok=True)
 
