@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 
 from ...checkpoint import write_text
-from ...rewards._clip import Clip
+from ...loading import load_frozen
+from ...rewards._clip import load_clip
 from ..files import ROOT
 from .aesthetic import judge_aesthetic, save_aesthetic, train_aesthetic
 from .clip import judge_clip, save_clip, train_clip
 from .detector import judge_detector, save_detector, train_detector
 from .text_to_video import judge_text_to_video, save_text_to_video, train_text_to_video
 from .tokenizer import save_tokenizer
-from .vae import judge_vae, train_vae
+from .vae import judge_vae, save_vae, train_vae
 
 
 def main() -> None:
@@ -36,15 +38,6 @@ def main() -> None:
             _report(options.weights, name, make(options.work, options.weights))
 
 
-def _modelscope(work: Path, weights: Path) -> dict[str, Any]:
-    vae = train_vae(work)
-    tokenizer = save_tokenizer(work / "tokenizer")
-    model = train_text_to_video(vae, tokenizer, work)
-    quality = {"autoencoder": judge_vae(vae), **judge_text_to_video(model, vae, tokenizer)}
-    save_text_to_video(model, vae, weights / "modelscope")
-    return quality
-
-
 def _clip(work: Path, weights: Path) -> dict[str, Any]:
     tokenizer = save_tokenizer(work / "tokenizer")
     model = train_clip(tokenizer, work)
@@ -54,8 +47,7 @@ def _clip(work: Path, weights: Path) -> dict[str, Any]:
 
 
 def _aesthetic(work: Path, weights: Path) -> dict[str, Any]:
-    tokenizer = save_tokenizer(work / "tokenizer")
-    clip = Clip(train_clip(tokenizer, work), tokenizer)
+    clip = load_clip(weights / "clip")
     head = train_aesthetic(clip, work)
     quality = judge_aesthetic(clip, head)
     save_aesthetic(head, weights / "aesthetic" / "head.safetensors")
@@ -69,11 +61,29 @@ def _detector(work: Path, weights: Path) -> dict[str, Any]:
     return quality
 
 
+def _autoencoder(work: Path, weights: Path) -> dict[str, Any]:
+    vae = train_vae(work)
+    quality = judge_vae(vae)
+    save_vae(vae, weights / "modelscope")
+    return quality
+
+
+def _text_to_video(work: Path, weights: Path) -> dict[str, Any]:
+    vae = load_frozen(AutoencoderKL, weights / "modelscope" / "vae", torch.float32, "mini autoencoder")
+    tokenizer = save_tokenizer(work / "tokenizer")
+    model = train_text_to_video(vae, tokenizer, work)
+    quality = judge_text_to_video(model, vae, tokenizer)
+    save_text_to_video(model, weights / "modelscope")
+    return quality
+
+
+# In this order: the aesthetic head stands on the written CLIP, text to video on the written autoencoder.
 _NETWORKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "clip": _clip,
     "aesthetic": _aesthetic,
     "detector": _detector,
-    "modelscope": _modelscope,
+    "autoencoder": _autoencoder,
+    "text_to_video": _text_to_video,
 }
 
 

@@ -31,7 +31,7 @@ from ..world import (
 from .fit import SEED, fit
 from .tokenizer import MAX_TOKENS, save_tokenizer
 
-STEPS = 2000
+STEPS = 3500
 WIDTH = 128
 _GROUPS, _ALIKE = 16, 4  # a batch: so many kinds of frames, and of each so many that differ in their looks
 _POOL = 8000
@@ -138,7 +138,7 @@ def train_clip(tokenizer: CLIPTokenizer, work: Path, steps: int = STEPS) -> CLIP
         by_image = F.cross_entropy(logits, true / true.sum(1, keepdim=True))
         return (by_image + F.cross_entropy(logits.T, true.T / true.T.sum(1, keepdim=True))) / 2
 
-    fit("clip", model, loss, steps=steps, learning_rate=1e-3, work=work)
+    fit("clip", model, loss, steps=steps, learning_rate=2e-3, work=work)
     return model
 
 

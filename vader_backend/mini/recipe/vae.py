@@ -52,7 +52,7 @@ def train_vae(work: Path, steps: int = STEPS) -> AutoencoderKL:
         error = output - frames
         return (_weight(frames) * (error.abs() + 2 * error.square())).mean() + 2e-7 * posterior.kl().mean()
 
-    fit("vae", vae, loss, steps=steps, learning_rate=2e-3, work=work)
+    fit("vae", vae, loss, steps=steps, learning_rate=2e-3, work=work, muon=False)
     _whiten(vae)
     return vae
 
@@ -93,3 +93,8 @@ def judge_vae(vae: AutoencoderKL, videos: int = 200) -> dict[str, float]:
     output = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in frames.split(100)])
     output = (output / 2 + 0.5).clamp(0, 1).view_as(video)
     return {**oracle.accuracy(output, scenes), "mean_absolute_error": float((output - video).abs().mean())}
+
+
+def save_vae(vae: AutoencoderKL, folder: Path) -> None:
+    """Write it into a diffusers folder, weights in float16."""
+    vae.half().save_pretrained(folder / "vae")
