@@ -5,9 +5,9 @@ PIP_ARGS ?=
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 TORCH = $(shell grep '^torch==' constraints.txt)
-CHECKED = vader_backend nodes tests
+CHECKED = vader_backend nodes tools tests
 
-.PHONY: demo mini test test-full lint clean
+.PHONY: demo mini workflows test test-full lint clean
 
 demo: $(READY)
 	$(BIN)/python -m vader_nodes run workflows/api/demo.json
@@ -20,6 +20,9 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest -n auto --slow
+
+workflows: $(READY)
+	$(BIN)/python -m vader_nodes.tools.workflows
 
 lint: $(READY)
 	$(BIN)/ruff check .

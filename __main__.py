@@ -1,16 +1,14 @@
-"""The command line: run a workflow without ComfyUI, draw it for the canvas, or list the nodes."""
+"""The command line: run a workflow without ComfyUI, or list the nodes."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, canvas, graph, host, validate, workflow
-from .vader_backend.checkpoint import write_text
+from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, graph, host, validate, workflow
 from .vader_backend.config import InputError
 from .vader_backend.trainer import TrainingError
 
@@ -35,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vader_nodes", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="run | nodes | canvas")
+    commands = parser.add_subparsers(required=True, metavar="run | nodes")
     run = commands.add_parser("run", help="run an API-format workflow")
     run.add_argument("workflow", type=Path, help="file in API format, such as workflows/api/quickstart.json")
     run.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="settings",
@@ -43,11 +41,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--base-directory", type=Path, default=Path(),
                      help="folder of models/, input/ and output/; default: the current one")  # fmt: skip
     run.set_defaults(command=_run)
-    draw = commands.add_parser("canvas", help="write the canvas form of an API-format workflow")
-    draw.add_argument("workflow", type=Path, help="file in API format")
-    draw.add_argument("target", type=Path, help="file to write")
-    draw.add_argument("--note", default="", help="text of a note above the nodes")
-    draw.set_defaults(command=_canvas)
     nodes = commands.add_parser("nodes", help="list the nodes with their inputs")
     nodes.add_argument("names", nargs="*", metavar="NODE", help="only these classes; default: all")
     nodes.set_defaults(command=_nodes)
@@ -64,13 +57,6 @@ def _run(options: argparse.Namespace) -> None:
     nodes = workflow.load(path)
     workflow.override(nodes, options.settings, NODE_CLASS_MAPPINGS)
     graph.run(nodes, NODE_CLASS_MAPPINGS, say=_say)
-
-
-def _canvas(options: argparse.Namespace) -> None:
-    nodes = workflow.load(options.workflow)
-    validate.check(nodes, NODE_CLASS_MAPPINGS)
-    drawn = canvas.to_canvas(nodes, NODE_CLASS_MAPPINGS, options.note)
-    write_text(options.target, json.dumps(drawn, indent=2) + "\n")
 
 
 def _nodes(options: argparse.Namespace) -> None:

@@ -55,7 +55,8 @@ RULES = (
         _lib("objectives", "models", "rewards", "memory", "align"),
         _lib("objectives.base", "models.base", "rewards.base"),
     ),
-    Rule((LIBRARY,), ("nodes", *COMFY)),
+    Rule((LIBRARY,), ("nodes", "tools", *COMFY)),
+    Rule(("nodes",), ("tools",)),
 )
 ONLY_HOST = "nodes.host"  # the one module that names ComfyUI's modules
 
@@ -186,7 +187,7 @@ def package(root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def everything(root: Path) -> dict[str, str]:
-    return python_files(root, LIBRARY, "nodes", "tests", "benchmarks")
+    return python_files(root, LIBRARY, "nodes", "tools", "tests", "benchmarks")
 
 
 @pytest.fixture(scope="module")

@@ -1,78 +1,81 @@
-"""The shipped workflows are sound, and the canvas file says the same as the API file."""
+"""The shipped workflows are sound, and ComfyUI's front end reads the canvas files as the API files say."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_graph import story
-from vader_nodes.nodes import NODE_CLASS_MAPPINGS, canvas, graph, validate, workflow
+from vader_nodes.nodes import NODE_CLASS_MAPPINGS, graph, validate, workflow
+from vader_nodes.tools import frontend, workflows
 
-SHIPPED = sorted((Path(__file__).parents[2] / "workflows" / "api").glob("*.json"))
-WIDGETS = ("INT", "FLOAT", "BOOLEAN", "STRING")
-
-
-def from_canvas(drawn: dict[str, Any], classes: workflow.Classes) -> dict[str, Any]:
-    """Read a canvas file by position, as the front end does."""
-    links = {link[0]: [str(link[1]), link[2]] for link in drawn["links"]}
-    found: dict[str, Any] = {}
-    for entry in drawn["nodes"]:
-        if entry["type"] == "Note":
-            continue
-        values = list(entry["widgets_values"])
-        named: dict[str, Any] = {}
-        for name, (kind, options) in workflow.inputs(classes[entry["type"]]).items():
-            if isinstance(kind, list) or kind in WIDGETS:
-                named[name] = values.pop(0)
-                if "control_after_generate" in options:
-                    assert values.pop(0) == "fixed"
-        assert values == []
-        named |= {slot["name"]: links[slot["link"]] for slot in entry["inputs"] if slot["link"] is not None}
-        found[str(entry["id"])] = {"class_type": entry["type"], "inputs": named, "_meta": {"title": entry["title"]}}
-    return found
+NAMES = [path.stem for path in workflows.sources()]
 
 
-def with_defaults(data: dict[str, Any], classes: workflow.Classes) -> dict[str, Any]:
-    """An API workflow with every widget's value written out."""
-    full = {}
-    for key, entry in data.items():
-        declared = workflow.inputs(classes[entry["class_type"]])
-        defaults = {name: options["default"] for name, (_, options) in declared.items() if "default" in options}
-        title = entry.get("_meta", {"title": entry["class_type"]})
-        full[key] = {"class_type": entry["class_type"], "inputs": {**defaults, **entry["inputs"]}, "_meta": title}
-    return full
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_workflows_are_sound(path: Path) -> None:
-    nodes = workflow.load(path)
+@pytest.fixture(scope="module")
+def page() -> Iterator[Any]:
+    reason = frontend.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    with frontend.serving() as address, frontend.opened(address) as page:
+        yield page
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shipped_workflows_are_sound(name: str) -> None:
+    nodes = workflow.load(workflows.FOLDER / "api" / f"{name}.json")
     validate.check(nodes, NODE_CLASS_MAPPINGS)
     assert len(graph.order(nodes, NODE_CLASS_MAPPINGS)) == len(nodes)
 
 
-def test_there_are_a_quickstart_and_a_demo() -> None:
-    assert {path.stem for path in SHIPPED} >= {"quickstart", "demo"}
+def test_each_workflow_has_its_source() -> None:
+    assert set(NAMES) >= {"quickstart", "demo"}
+    for folder in (workflows.FOLDER, workflows.FOLDER / "api"):
+        assert sorted(path.stem for path in folder.glob("*.json")) == NAMES
 
 
-def test_a_canvas_file_reads_back_as_it_was() -> None:
-    data = {key: entry for key, entry in story().items() if key not in ("3", "5", "6", "7", "8", "9", "10")}
-    data["3"] = {"class_type": "VaderSaveVideo", "inputs": {"images": ["4", 0], "prompts": ["4", 1]}}
-    drawn = canvas.to_canvas(workflow.parse(data), NODE_CLASS_MAPPINGS, "About.")
-    assert from_canvas(drawn, NODE_CLASS_MAPPINGS) == with_defaults(data, NODE_CLASS_MAPPINGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_api_file_says_what_the_source_says(name: str) -> None:
+    _, wanted = workflows.read(workflows.FOLDER / "source" / f"{name}.toml")
+    shipped = read(workflows.FOLDER / "api" / f"{name}.json")
+    assert shipped.keys() == wanted.keys()
+    for key, node in wanted.items():
+        assert {**shipped[key], "inputs": {**shipped[key]["inputs"], **node["inputs"]}} == shipped[key]
+        assert shipped[key]["class_type"] == node["class_type"]
 
 
-def test_the_shipped_canvas_file_says_what_the_api_file_says(root: Path) -> None:
-    drawn = json.loads((root / "workflows" / "quickstart.json").read_text(encoding="utf-8"))
-    data = json.loads((root / "workflows" / "api" / "quickstart.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_canvas_file_explains_itself_and_nothing_overlaps(name: str) -> None:
+    drawn = read(workflows.FOLDER / f"{name}.json")
     assert drawn["version"] == 0.4
-    assert from_canvas(drawn, NODE_CLASS_MAPPINGS) == with_defaults(data, NODE_CLASS_MAPPINGS)
-
-
-def test_nodes_on_the_canvas_do_not_overlap(root: Path) -> None:
-    drawn = json.loads((root / "workflows" / "quickstart.json").read_text(encoding="utf-8"))
+    assert drawn["groups"]
+    assert any(entry["type"] == "MarkdownNote" for entry in drawn["nodes"])
+    ours = [entry["properties"] for entry in drawn["nodes"] if entry["type"].startswith("Vader")]
+    assert {properties["cnr_id"] for properties in ours} == {frontend.PACK}
     boxes = [(*entry["pos"], *entry["size"]) for entry in drawn["nodes"]]
     for i, (x, y, w, h) in enumerate(boxes):
         for u, v, a, b in boxes[:i]:
             assert x + w <= u or u + a <= x or y + h <= v or v + b <= y
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_front_end_converts_the_canvas_file_to_the_api_file(page: Any, name: str) -> None:
+    converted = frontend.converted(page, read(workflows.FOLDER / f"{name}.json"))
+    assert converted == read(workflows.FOLDER / "api" / f"{name}.json")
+
+
+def test_a_shifted_widget_or_a_missing_node_would_be_seen(page: Any) -> None:
+    drawn = read(workflows.FOLDER / "quickstart.json")
+    sample = next(entry for entry in drawn["nodes"] if entry["type"] == "VaderApplyLoRASample")
+    sample["widgets_values"].remove("fixed")
+    sample.pop("widgets_values_named", None)
+    assert frontend.converted(page, drawn) != read(workflows.FOLDER / "api" / "quickstart.json")
+    sample["type"] = "VaderNoSuchNode"
+    with pytest.raises(ValueError, match="VaderNoSuchNode"):
+        frontend.converted(page, drawn)

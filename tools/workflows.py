@@ -1,0 +1,142 @@
+"""Writes the workflow files, canvas and API format, from workflows/source/*.toml through the real front end.
+
+A source names the nodes, their inputs and the groups they stand in; a string "@name" or "@name.output"
+is a link. The front end sizes the nodes, serialises the graph and converts it, so that both files say
+the same. Run as `make workflows`.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomllib
+
+from ..nodes import NODE_CLASS_MAPPINGS
+from . import frontend
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "workflows"
+_GROUP_KEYS = {"title", "color", "note", "nodes"}
+_NODE_KEYS = {"class", "title", "inputs", "models"}
+_DRAW = """async ({ api, groups, about, width, gap }) => {
+    const graph = app.graph;
+    graph.clear();
+    await app.loadApiJson(api, "workflow");
+    const note = (text, x, y) => {
+        const node = LiteGraph.createNode("MarkdownNote");
+        graph.add(node);
+        node.widgets[0].value = text;
+        const lines = text.split("\\n").reduce((sum, line) => sum + 1 + Math.floor(line.length / 46), 0);
+        node.pos = [x, y];
+        node.size = [width, 70 + 21 * lines];
+        return node;
+    };
+    const top = gap + note(about, 0, 0).size[1] + 60;
+    let x = 0;
+    for (const group of groups) {
+        let y = top;
+        const members = group.nodes.map((id) => graph.getNodeById(id));
+        for (const node of members) {
+            node.size = [width, node.computeSize()[1]];
+            node.pos = [x, y];
+            y += node.size[1] + gap;
+        }
+        if (group.note) y += note(group.note, x, y).size[1] + gap;
+        const box = new LiteGraph.LGraphGroup(group.title);
+        box.color = group.color;
+        box.pos = [x - 20, top - 90];
+        box.size = [width + 40, y - top + 90 - gap / 2];
+        graph.add(box);
+        x += width + gap + 40;
+    }
+    return JSON.stringify({ ui: graph.serialize(), api: (await app.graphToPrompt()).output });
+}"""
+
+
+def sources() -> list[Path]:
+    """The source files, by name."""
+    return sorted((FOLDER / "source").glob("*.toml"))
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A source file and its graph in API format, ids counted from 1 in the order of the nodes.
+
+    Raises:
+        ValueError: it has keys that mean nothing, or a link or group names no node or output.
+    """
+    source = tomllib.loads(path.read_text(encoding="utf-8"))
+    ids = {name: str(number) for number, name in enumerate(source["nodes"], 1)}
+    _check(source, path.name)
+    api = {
+        ids[name]: {
+            "class_type": node["class"],
+            "inputs": {key: _value(value, source["nodes"], ids) for key, value in node.get("inputs", {}).items()},
+            "_meta": {"title": node["title"]},
+        }
+        for name, node in source["nodes"].items()
+    }
+    return source, api
+
+
+def _check(source: dict[str, Any], name: str) -> None:
+    strange = [key for node in source["nodes"].values() for key in node.keys() - _NODE_KEYS]
+    strange += [key for group in source["groups"] for key in group.keys() - _GROUP_KEYS]
+    grouped = sorted(member for group in source["groups"] for member in group["nodes"])
+    if strange or grouped != sorted(source["nodes"]):
+        raise ValueError(f"{name}: unknown keys {strange}, or a node that stands in no group or in two")
+
+
+def _value(value: Any, nodes: dict[str, Any], ids: dict[str, str]) -> Any:
+    """A literal as it is; "@name.output" as [id, number of the output]."""
+    if not (isinstance(value, str) and value.startswith("@")):
+        return value
+    name, _, output = value[1:].partition(".")
+    outputs = NODE_CLASS_MAPPINGS[nodes[name]["class"]].RETURN_NAMES
+    return [ids[name], outputs.index(output) if output else 0]
+
+
+def draw(page: Page, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The UI-format and the API-format file of a source."""
+    source, api = read(path)
+    numbers = {name: number for number, name in enumerate(source["nodes"], 1)}
+    groups = [{**group, "nodes": [numbers[name] for name in group["nodes"]]} for group in source["groups"]]
+    given = {"api": api, "groups": groups, "about": source["about"], "width": 380, "gap": 60}
+    drawn = json.loads(page.evaluate(_DRAW, given))
+    models = {numbers[name]: node.get("models", []) for name, node in source["nodes"].items()}
+    return _finished(drawn["ui"], path.stem, models), drawn["api"]
+
+
+def _finished(ui: dict[str, Any], name: str, models: dict[int, list[dict[str, str]]]) -> dict[str, Any]:
+    """Stable ids, the pack that each node is from, and where its checkpoints are downloaded."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    for node in ui["nodes"]:
+        if node["type"].startswith("Vader"):
+            node["properties"] |= {"cnr_id": frontend.PACK, "ver": version}
+            if models[node["id"]]:
+                node["properties"]["models"] = models[node["id"]]
+    identity = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{frontend.PACK}/{name}"))
+    return {**ui, "id": identity, "revision": 0, "extra": {}}
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Write every workflow file anew."""
+    with frontend.serving() as address, frontend.opened(address) as page:
+        for path in sources():
+            ui, api = draw(page, path)
+            write(FOLDER / f"{path.stem}.json", ui)
+            write(FOLDER / "api" / f"{path.stem}.json", api)
+            print(f"{path.stem}: {len(api)} nodes")
+
+
+if __name__ == "__main__":
+    main()
