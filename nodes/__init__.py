@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import host
+from . import host, live
 from .evaluate import VaderScoreVideo
 from .load import VaderLoadVideoModel
 from .prompts import VaderPrompts
@@ -13,7 +13,7 @@ from .sample import VaderApplyLoRASample
 from .save import VaderCompareVideos, VaderSaveLoRA, VaderSaveVideo
 from .train import VaderTrainLoRA
 
-host.register_folders()
+host.register({live.ROUTE: live.boards})
 
 _REWARDS = reward_nodes()
 _NAMED: dict[str, type[Any]] = {

@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,6 +79,9 @@ class Alone:
     def note(self, text: str, node_id: str | None) -> None:
         """There is no canvas; the graph runner prints what a node says."""
 
+    def send(self, event: str, data: Any) -> None:
+        """There is no browser."""
+
 
 class Comfy:
     """Inside a running ComfyUI, whose modules are loaded already."""
@@ -118,6 +121,18 @@ class Comfy:
         server = importlib.import_module("server").PromptServer.instance
         if node_id is not None and hasattr(server, "send_progress_text"):
             server.send_progress_text(text, node_id)
+
+    def send(self, event: str, data: Any) -> None:
+        importlib.import_module("server").PromptServer.instance.send_sync(event, data)
+
+    def serve(self, path: str, answer: Callable[[], Any]) -> None:
+        """Answer GET requests for `path` with JSON."""
+        web = importlib.import_module("aiohttp").web
+
+        async def reply(request: Any) -> Any:
+            return web.json_response(answer())
+
+        importlib.import_module("server").PromptServer.instance.routes.get(path)(reply)
 
     def register(self) -> None:
         """Make reward_models a category, with the extensions that are offered."""
@@ -180,11 +195,13 @@ def use_base_directory(base: Path) -> None:
     _alone.base = base
 
 
-def register_folders() -> None:
-    """Tell ComfyUI, where there is one, of the folders that it does not know."""
+def register(routes: Mapping[str, Callable[[], Any]]) -> None:
+    """Tell ComfyUI, where there is one, of folders that it does not know, and of what we answer at which address."""
     host = current()
     if isinstance(host, Comfy):
         host.register()
+        for path, answer in routes.items():
+            host.serve(path, answer)
 
 
 def is_main() -> bool:
@@ -234,6 +251,11 @@ def progress(label: str, node_id: str | None) -> Iterator[Callable[..., None]]:
 def note(text: str, node_id: str | None) -> None:
     """Write text onto the node, where there is a canvas."""
     current().note(text, node_id)
+
+
+def send(event: str, data: Any) -> None:
+    """Tell our part of the front end, where there is one."""
+    current().send(event, data)
 
 
 def cancel() -> None:

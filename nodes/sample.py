@@ -59,6 +59,10 @@ class VaderApplyLoRASample:
         optional = {**own, **schema.inputs(Choice, SampleConfig, VideoConfig, plain=_PLAIN)}
         return {"required": required, "optional": optional, "hidden": {"unique_id": "UNIQUE_ID"}}
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, lora_name: str | None = NO_LORA) -> bool | str:
+        return schema.verdict(lambda: lora_name in (None, NO_LORA) or host.resolve("loras", str(lora_name)))
+
     def sample(
         self,
         model: VideoModel,

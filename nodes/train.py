@@ -19,8 +19,9 @@ from ..vader_backend.objectives.vader import Config
 from ..vader_backend.prompts import PromptSet
 from ..vader_backend.rewards.base import Reward
 from ..vader_backend.runs import check_name
-from ..vader_backend.trainer import Hooks, TrainOptions
+from ..vader_backend.trainer import Hooks, TrainOptions, TrainResult
 from . import host, schema
+from .live import Board
 from .prompts import warn_long
 from .sample import NO_LORA, lora_choices, lora_file
 
@@ -61,7 +62,8 @@ class VaderTrainLoRA:
             "existing_lora": schema.combo(lora_choices(), "A LoRA in models/loras to go on from; its rank is kept."),
         }
         optional = {**schema.inputs(*_PARTS, plain=_PLAIN), **own}
-        return {"required": required, "optional": optional, "hidden": {"unique_id": "UNIQUE_ID"}}
+        hidden = {"unique_id": "UNIQUE_ID", "extra_pnginfo": "EXTRA_PNGINFO"}
+        return {"required": required, "optional": optional, "hidden": hidden}
 
     @classmethod
     def VALIDATE_INPUTS(
@@ -90,17 +92,19 @@ class VaderTrainLoRA:
         name: str = "vader",
         existing_lora: str = NO_LORA,
         unique_id: str | None = None,
+        extra_pnginfo: dict[str, Any] | None = None,
         **values: Any,
     ) -> dict[str, Any]:
         settings = _settings(values)
         start = lora_file(existing_lora)
         warn_long(model, prompts.train)
         networks = [*model.parts().values(), *reward.networks()]
-        with host.workspace(networks), host.progress("Training", unique_id) as show:
-            hooks = _hooks(show, settings.train.steps)
+        board = Board(unique_id, _workflow_id(extra_pnginfo), settings.train.steps)
+        with board.open(), host.workspace(networks), host.progress("Training", unique_id) as show:
+            hooks = _hooks(show, board)
             result = align(model, reward, prompts, settings, root=host.runs(), name=name, start=start, hooks=hooks)
         report = _report(result)
-        host.note(report, unique_id)
+        board.end(report, result.rewards, result.held_out, result.folder)
         loss_map = {"loss": result.losses}
         return {"ui": {"images": _curve(result), "text": [report]}, "result": (result.lora, loss_map, report)}
 
@@ -110,15 +114,21 @@ def _settings(values: dict[str, Any]) -> Settings:
     return Settings(objective, "vader", lora, train, video)
 
 
-def _hooks(show: Callable[..., None], total: int) -> Hooks:
+def _workflow_id(extra_pnginfo: dict[str, Any] | None) -> str | None:
+    """The id that the front end gives each workflow; a posted prompt may have none."""
+    return ((extra_pnginfo or {}).get("workflow") or {}).get("id")
+
+
+def _hooks(show: Callable[..., None], board: Board) -> Hooks:
     """Progress and previews on the node."""
 
-    def progress(done: int, total: int, metrics: dict[str, float]) -> None:
-        show(done, total, f"reward {metrics['reward']:.4g}")
+    def progress(result: TrainResult, total: int, metrics: dict[str, float]) -> None:
+        board.progress(result, total)
+        show(result.step, total, board.text)
 
     def preview(done: int, validation: Validation) -> None:
-        text = f"held-out reward {float(validation.rewards.mean()):.4g}"
-        show(done, total, text, lambda: _strip(validation.video_BTCHW))
+        board.preview(done, validation)
+        show(done, board.total, board.text, lambda: _strip(validation.video_BTCHW))
 
     return Hooks(progress=progress, preview=preview, on_sample_step=host.cancel)
 

@@ -93,7 +93,7 @@ def gradient_of(folder: Path, batch_size: int, accumulation: int) -> dict[str, T
 def test_a_finished_run_is_reused(tmp_path: Path) -> None:
     first = run(tmp_path, settings())
     calls: list[int] = []
-    again = run(tmp_path, settings(), Hooks(progress=lambda done, total, metrics: calls.append(done)))
+    again = run(tmp_path, settings(), Hooks(progress=lambda result, total, metrics: calls.append(result.step)))
     assert again.reused
     assert not calls
     assert_same(first.lora, again.lora)

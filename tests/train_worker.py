@@ -38,7 +38,7 @@ def run_align(folder: Path) -> None:
         ),
         video=VideoConfig(3, 8, 8),
     )
-    hooks = Hooks(progress=lambda done, total, metrics: print(f"step {done}", flush=True))
+    hooks = Hooks(progress=lambda result, total, metrics: print(f"step {result.step}", flush=True))
     model = tiny_model(folder, torch.float32)
     result = align(model, Brightness(), PROMPTS, settings, root=folder / "runs", hooks=hooks)
     digest = hashlib.sha256()

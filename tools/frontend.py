@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 PACK = "vader-video-alignment"
+_WEB = Path(__file__).resolve().parents[1] / "nodes" / "web"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _READY = """() => {
     const known = window.LiteGraph?.registered_node_types ?? {};
@@ -30,7 +31,7 @@ _ANSWERS: dict[str, Any] = {
                                 "embedded_python": False, "argv": [], "ram_total": 0, "ram_free": 0}, "devices": []},
     "queue": {"queue_running": [], "queue_pending": []},
     "jobs": {"jobs": [], "pagination": {"offset": 0, "limit": 200, "total": 0, "has_more": False}},
-    **{name: [] for name in ("extensions", "embeddings", "userdata", "v2/userdata", "experiment/models")},
+    **{name: [] for name in ("embeddings", "userdata", "v2/userdata", "experiment/models")},
 }  # fmt: skip
 
 
@@ -72,12 +73,16 @@ def object_info() -> dict[str, Any]:
 
 
 @contextmanager
-def serving() -> Iterator[str]:
-    """Serve comfyui-frontend-package with our nodes on a free port of the loopback; yields the address."""
+def serving(answers: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """Serve comfyui-frontend-package with our nodes on a free port of the loopback; yields the address.
+
+    Args:
+        answers: further replies of the server, by their path below /api/.
+    """
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    runner, port = asyncio.run_coroutine_threadsafe(_start(), loop).result(30)
+    runner, port = asyncio.run_coroutine_threadsafe(_start(answers or {}), loop).result(30)
     try:
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -86,11 +91,12 @@ def serving() -> Iterator[str]:
         thread.join(30)
 
 
-async def _start() -> tuple[web.AppRunner, int]:
+async def _start(given: Mapping[str, Any]) -> tuple[web.AppRunner, int]:
     from aiohttp import web
 
     server = web.Application()
-    answers = {**_ANSWERS, "object_info": object_info()}
+    extensions = [f"/extensions/{PACK}/{path.name}" for path in _WEB.glob("*.js")]
+    answers = {**_ANSWERS, "object_info": object_info(), "extensions": extensions, **given}
 
     async def answer(request: web.Request) -> web.StreamResponse:
         name = request.match_info["name"]
@@ -109,11 +115,12 @@ async def _file(request: web.Request) -> web.StreamResponse:
     import comfyui_frontend_package
     from aiohttp import web
 
-    folder = Path(comfyui_frontend_package.__file__).parent / "static"
-    path = (folder / (request.match_info["path"] or "index.html")).resolve()
-    return (
-        web.FileResponse(path) if path.is_file() and path.is_relative_to(folder.resolve()) else web.Response(status=404)
-    )
+    name, ours = request.match_info["path"] or "index.html", f"extensions/{PACK}/"
+    folder = _WEB if name.startswith(ours) else Path(comfyui_frontend_package.__file__).parent / "static"
+    path = (folder / name.removeprefix(ours)).resolve()
+    if not path.is_file() or not path.is_relative_to(folder.resolve()):
+        return web.Response(status=404)
+    return web.FileResponse(path)
 
 
 async def _socket(request: web.Request) -> web.WebSocketResponse:

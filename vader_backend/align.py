@@ -23,7 +23,7 @@ from .prompts import PromptSet
 from .registry import load
 from .rewards.base import Reward
 from .runs import RunFolder
-from .trainer import Hooks, TrainOptions, new_accelerator, train
+from .trainer import Hooks, TrainOptions, TrainResult, new_accelerator, train
 
 
 @dataclass(frozen=True)
@@ -126,18 +126,18 @@ def _recording(hooks: Hooks, folder: RunFolder, fps: float) -> Hooks:
     """The hooks, which also write the metrics and previews of the run folder."""
     rewound = False
 
-    def progress(done: int, total: int, metrics: dict[str, float]) -> None:
+    def progress(result: TrainResult, total: int, metrics: dict[str, float]) -> None:
         nonlocal rewound
         if not rewound:
-            folder.rewind(done - 1)
+            folder.rewind(result.step - 1)
             rewound = True
-        folder.log(done, metrics)
-        hooks.progress(done, total, metrics)
+        folder.log(result.step, metrics)
+        hooks.progress(result, total, metrics)
 
     def preview(done: int, validation: Validation) -> None:
-        folder.preview(done, validation.video_BTCHW, fps)
+        file = folder.preview(done, validation.video_BTCHW, fps)
         folder.log(done, {"held_out_reward": float(validation.rewards.mean())})
-        hooks.preview(done, validation)
+        hooks.preview(done, replace(validation, file=file))
 
     return replace(hooks, progress=progress, preview=preview)
 

@@ -77,11 +77,12 @@ class RunFolder:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **clean}) + "\n")
 
-    def preview(self, step: int, video_BTCHW: Tensor, fps: float) -> None:
-        """Write preview videos side by side as previews/step_<step>.mp4."""
+    def preview(self, step: int, video_BTCHW: Tensor, fps: float) -> Path:
+        """Write preview videos side by side as previews/step_<step>.mp4, and return its path."""
+        path = self.path / "previews" / f"step_{step:06d}.mp4"
         if self._write:
-            row = video_BTCHW.transpose(0, 1).movedim(1, -2).flatten(-2)
-            write_mp4(self.path / "previews" / f"step_{step:06d}.mp4", row, fps)
+            write_mp4(path, video_BTCHW.transpose(0, 1).movedim(1, -2).flatten(-2), fps)
+        return path
 
     def _save(self, path: Path, text: str) -> None:
         if self._write:

@@ -65,11 +65,11 @@ class TrainingError(RuntimeError):
 class Hooks:
     """What a host may listen to; each may raise to stop the training, whose state is then saved.
 
-    progress(steps done, steps in all, metrics); preview(steps done, validation); on_sample_step() after
+    progress(result so far, steps in all, metrics); preview(steps done, validation); on_sample_step() after
     each denoising step; should_stop() asks for an end after the current step.
     """
 
-    progress: Callable[[int, int, dict[str, float]], None] = lambda done, total, metrics: None
+    progress: Callable[[TrainResult, int, dict[str, float]], None] = lambda result, total, metrics: None
     preview: Callable[[int, Validation], None] = lambda done, validation: None
     on_sample_step: Callable[[], None] = lambda: None
     should_stop: Callable[[], bool] = lambda: False
@@ -168,7 +168,7 @@ class _Loop:
             self.result.losses.append(metrics["loss"])
             self.result.rewards.append(metrics.get("reward", math.nan))
             self._between_steps = True
-            self.hooks.progress(self.result.step, self.options.steps, metrics)
+            self.hooks.progress(self.result, self.options.steps, metrics)
             self._preview()
             if self.result.step % self.options.save_every == 0:
                 self.save()

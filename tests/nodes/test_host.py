@@ -122,8 +122,8 @@ def test_comfyui_is_used_where_it_runs(comfy: dict[str, Any], tmp_path: Path) ->
     assert isinstance(host.current(), host.Comfy)
     assert host.new_file("a", ".mp4") == tmp_path / "out" / "a_00001.mp4"
     assert host.files("loras", [".safetensors"]) == ["x.safetensors"]
-    host.register_folders()
-    host.register_folders()
+    host.register({})
+    host.register({})
     folders, extensions = comfy["paths"].folder_names_and_paths["reward_models"]
     assert folders == [str(tmp_path / "models" / "reward_models")]
     assert extensions == {".safetensors", ".pth", ".pt"}

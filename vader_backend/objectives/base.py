@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
@@ -36,11 +37,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Validation:
-    """Videos of fixed prompts at one moment of the training: [B, T, 3, H, W] in [0, 1], and their rewards [B]."""
+    """Videos of fixed prompts at one moment of the training: [B, T, 3, H, W] in [0, 1], and their rewards [B].
+
+    file: where the run folder keeps them, once it does.
+    """
 
     video_BTCHW: Tensor
     prompts: tuple[str, ...]
     rewards: Tensor
+    file: Path | None = None
 
 
 class Objective(Protocol):

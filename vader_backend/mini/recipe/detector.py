@@ -18,7 +18,7 @@ from ..world import BACKGROUNDS, SHAPES, SIZE, paint, random_look, random_scenes
 from .clip import roughen
 from .fit import SEED, fit
 
-STEPS = 3000
+STEPS = 6000
 PATCH = 8
 _WIDTH = 128
 _BATCH = 32
@@ -105,7 +105,7 @@ def train_detector(work: Path, steps: int = STEPS) -> YolosForObjectDetection:
         by_query = _loss(output.logits, output.pred_boxes, _match(output.logits, output.pred_boxes, aims, kinds))
         return by_query + _loss(*dense, _by_place(aims, kinds))
 
-    fit("detector", detector, loss, steps=steps, learning_rate=1e-3, work=work)
+    fit("detector", detector, loss, steps=steps, learning_rate=2e-3, work=work)
     return detector
 
 
