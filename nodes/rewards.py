@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 from ..vader_backend import registry
@@ -38,6 +39,26 @@ class RewardNode:
             return (module.build(schema.read(module.Config, values), locate),)
 
 
+class MissingReward(RewardNode):
+    """Stands in for a reward whose Python package is not installed: the other nodes still work."""
+
+    package: ClassVar[str]
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}, "optional": {}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls) -> bool | str:
+        return (
+            f"The reward {cls.key} needs the Python package {cls.package}, which is not installed; install it with the "
+            f"Python that runs this program (python -m pip install {cls.package}) and start anew."
+        )
+
+    def make(self, **values: Any) -> tuple[Reward]:
+        raise InputError(str(self.VALIDATE_INPUTS()))
+
+
 def reward_nodes() -> dict[str, type[RewardNode]]:
     """A node class per registered reward, by class name: VaderRewardAesthetic, ..."""
     return {cls.__name__: cls for cls in map(_node, registry.names("rewards"))}
@@ -45,7 +66,8 @@ def reward_nodes() -> dict[str, type[RewardNode]]:
 
 def title(key: str) -> str:
     """How a reward is called on the canvas: its module's TITLE, else its file name."""
-    return getattr(registry.load("rewards", key), "TITLE", key.replace("_", " ").title())
+    module = _module(key)
+    return getattr(module, "TITLE", key.replace("_", " ").title())
 
 
 def locate(name: str) -> Path:
@@ -137,10 +159,25 @@ class VaderRewardTowards:
 
 
 def _node(key: str) -> type[RewardNode]:
-    about = (inspect.getdoc(registry.load("rewards", key)) or "").split("\n\n")[0].replace("\n", " ")
+    module = _module(key)
     name = "VaderReward" + "".join(word.capitalize() for word in key.split("_"))
-    aliases = (f"{key.replace('_', ' ')} reward", "reward model", "score")
-    return type(name, (RewardNode,), {"key": key, "DESCRIPTION": about, "SEARCH_ALIASES": aliases})
+    told = {"key": key, "SEARCH_ALIASES": (f"{key.replace('_', ' ')} reward", "reward model", "score")}
+    if isinstance(module, ImportError):
+        package = str(module.name).split(".")[0]
+        about = f"Not available: the Python package {package} is not installed."
+        return type(name, (MissingReward,), {**told, "DESCRIPTION": about, "package": package})
+    about = (inspect.getdoc(module) or "").split("\n\n")[0].replace("\n", " ")
+    return type(name, (RewardNode,), {**told, "DESCRIPTION": about})
+
+
+def _module(key: str) -> ModuleType | ImportError:
+    """A reward's module, or why it cannot be imported here: a package of someone else's is missing."""
+    try:
+        return registry.load("rewards", key)
+    except ImportError as error:
+        if error.name is None or error.name.startswith(str(__package__).split(".")[0]):
+            raise
+        return error
 
 
 def _checkpoints(config: type) -> dict[str, list[str]]:

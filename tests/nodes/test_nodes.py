@@ -13,7 +13,7 @@ from vader_nodes.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 from vader_nodes.nodes.evaluate import VaderScoreVideo
 from vader_nodes.nodes.images import in_order, rows, spread, tiled, to_images, to_videos
 from vader_nodes.nodes.prompts import VaderPrompts
-from vader_nodes.nodes.rewards import RewardNode, VaderCombineRewards, VaderRewardTowards
+from vader_nodes.nodes.rewards import RewardNode, VaderCombineRewards, VaderRewardTowards, reward_nodes
 from vader_nodes.nodes.save import VaderSaveLoRA, VaderSaveVideo
 from vader_nodes.nodes.train import VaderTrainLoRA
 from vader_nodes.vader_backend import registry
@@ -158,3 +158,30 @@ def test_scores_are_told_per_part_and_against_the_baseline() -> None:
     assert "+0.5000" in second
     with pytest.raises(InputError, match="5 images"):
         VaderScoreVideo().score(images[:5], prompts, Redness())
+
+
+def test_a_missing_package_disables_its_reward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    load = registry.load
+
+    def lacking(kind: str, name: str) -> Any:
+        if name == "yolos":
+            raise ModuleNotFoundError("No module named 'timm'", name="timm.models")
+        return load(kind, name)
+
+    monkeypatch.setattr(registry, "load", lacking)
+    nodes = reward_nodes()
+    assert nodes["VaderRewardAesthetic"].INPUT_TYPES()["optional"]
+    yolos = nodes["VaderRewardYolos"]
+    assert "timm is not installed" in yolos.DESCRIPTION
+    assert "pip install timm" in str(yolos.VALIDATE_INPUTS())
+    with pytest.raises(InputError, match="timm"):
+        yolos().make(threshold=0.5)
+
+
+def test_a_mistake_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(kind: str, name: str) -> Any:
+        raise ImportError("cannot import name", name="vader_nodes.vader_backend.rewards.base")
+
+    monkeypatch.setattr(registry, "load", broken)
+    with pytest.raises(ImportError):
+        reward_nodes()
