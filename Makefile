@@ -7,7 +7,7 @@ READY = $(VENV)/.installed
 TORCH = $(shell grep '^torch==' constraints.txt)
 CHECKED = vader_backend nodes tools tests
 
-.PHONY: demo mini workflows test test-full lint clean
+.PHONY: demo mini workflows locales test test-full lint clean
 
 demo: $(READY)
 	$(BIN)/python -m vader_nodes run workflows/api/demo.json
@@ -23,6 +23,9 @@ test-full: lint
 
 workflows: $(READY)
 	$(BIN)/python -m vader_nodes.tools.workflows
+
+locales: $(READY)
+	$(BIN)/python -m vader_nodes.tools.locales
 
 lint: $(READY)
 	$(BIN)/ruff check .

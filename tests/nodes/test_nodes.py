@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vader_nodes.nodes.prompts import VaderPrompts
 from vader_nodes.nodes.rewards import RewardNode, VaderCombineRewards, VaderRewardTowards, reward_nodes
 from vader_nodes.nodes.save import VaderSaveLoRA, VaderSaveVideo
 from vader_nodes.nodes.train import VaderTrainLoRA
+from vader_nodes.tools import locales
 from vader_nodes.vader_backend import registry
 from vader_nodes.vader_backend.config import InputError
 from vader_nodes.vader_backend.prompts import PromptSet
@@ -185,3 +187,7 @@ def test_a_mistake_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(registry, "load", broken)
     with pytest.raises(ImportError):
         reward_nodes()
+
+
+def test_the_english_names_are_those_of_the_classes() -> None:
+    assert json.loads(locales.FILE.read_text(encoding="utf-8")) == locales.definitions(), "run `make locales`"
