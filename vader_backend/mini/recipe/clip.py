@@ -172,8 +172,12 @@ def judge_clip(model: CLIPModel, tokenizer: CLIPTokenizer, trials: int = 600) ->
 
 
 def _judge_words(clip: Clip, features: Tensor, fresh: Frames) -> dict[str, float]:
-    """How often the word for vividness and for haze that is true of a frame wins over the opposite one."""
+    """How often the word for vividness and for haze that is true of a frame wins over the opposite one.
+
+    Haze is not asked for on gray, where it does no more than make the shape paler.
+    """
     captions = [scene.caption for scene in fresh.scenes]
+    gray = torch.tensor([scene.background == "gray" for scene in fresh.scenes])
     result = {}
     for column, texts in {
         1: ([f"{c} with vivid colors" for c in captions], [f"{c} with pale colors" for c in captions]),
@@ -181,7 +185,8 @@ def _judge_words(clip: Clip, features: Tensor, fresh: Frames) -> dict[str, float
     }.items():
         high, low = ((features * clip.text_features(side)).sum(-1) for side in texts)
         grade = fresh.facts[:, column]
-        result[("vivid", "haze")[column - 1]] = float(((high > low) == (grade > 0))[grade != 0].float().mean())
+        asked = (grade != 0) & ~(gray & (column == 2))
+        result[("vivid", "haze")[column - 1]] = float(((high > low) == (grade > 0))[asked].float().mean())
     return result
 
 
