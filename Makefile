@@ -7,7 +7,7 @@ READY = $(VENV)/.installed
 TORCH = $(shell grep '^torch==' constraints.txt)
 CHECKED = vader_backend nodes tools tests
 
-.PHONY: demo mini workflows locales test test-full lint clean
+.PHONY: demo mini workflows locales test test-full test-comfyui lint clean
 
 demo: $(READY)
 	$(BIN)/python -m vader_nodes run workflows/api/demo.json
@@ -16,10 +16,13 @@ mini: $(READY)
 	$(BIN)/python -m vader_nodes.vader_backend.mini.recipe
 
 test: lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --ignore=tests/comfyui
 
 test-full: lint
-	$(BIN)/python -m pytest -n auto --slow
+	$(BIN)/python -m pytest -n auto --slow --ignore=tests/comfyui
+
+test-comfyui: $(READY)
+	$(BIN)/python -m pytest tests/comfyui -rs
 
 workflows: $(READY)
 	$(BIN)/python -m vader_nodes.tools.workflows

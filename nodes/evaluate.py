@@ -44,11 +44,11 @@ class VaderScoreVideo:
         unique_id: str | None = None,
     ) -> dict[str, Any]:
         texts = in_order(prompts)
-        with host.workspace(reward.networks()):
-            scores = score_videos(reward, to_videos(images, len(texts)), texts)
-            base = (
-                None if baseline is None else score_videos(reward, to_videos(baseline, len(texts), "baseline"), texts)
-            )
+        videos = [to_videos(images, len(texts))]
+        videos += [] if baseline is None else [to_videos(baseline, len(texts), "baseline")]
+        with host.workspace(reward.networks()), host.progress("Scoring", unique_id) as show:
+            scores, *rest = (score_videos(reward, part, texts, on_batch=show) for part in videos)
+        base = rest[0] if rest else None
         split = len(prompts.train)
         parts = {"training prompts": slice(0, split), "held-out prompts": slice(split, None)}
         table = "\n\n".join(

@@ -46,10 +46,12 @@ def run(nodes: Mapping[str, Node], classes: Classes, say: Callable[[str], None] 
         InputError: see `check`, or from a node.
     """
     check(nodes, classes)
-    sequence = order(nodes, classes)
+    quick, slow = _parted(order(nodes, classes), classes)
     results: dict[str, tuple[Any, ...]] = {}
-    for number, node in enumerate(sequence, 1):
-        say(f"[{number}/{len(sequence)}] {node.title or node.class_type}")
+    for number, node in enumerate([*quick, *slow], 1):
+        if number == len(quick) + 1:
+            _check_ahead(slow, classes, results)
+        say(f"[{number}/{len(quick) + len(slow)}] {node.title or node.class_type}")
         start = time.monotonic()
         outcome = _call(node, classes[node.class_type], results)
         shown = outcome.get("ui", {}) if isinstance(outcome, dict) else {}
@@ -60,8 +62,30 @@ def run(nodes: Mapping[str, Node], classes: Classes, say: Callable[[str], None] 
     return results
 
 
+def _parted(sequence: list[Node], classes: Classes) -> tuple[list[Node], list[Node]]:
+    """The nodes that load and prepare, then those that work for long (they have CHECK) and what needs them."""
+    slow: dict[str, Node] = {}
+    for node in sequence:
+        if hasattr(classes[node.class_type], "CHECK") or any(v[0] in slow for v in node.inputs.values() if is_link(v)):
+            slow[node.id] = node
+    return [node for node in sequence if node.id not in slow], list(slow.values())
+
+
+def _check_ahead(nodes: list[Node], classes: Classes, results: Mapping[str, tuple[Any, ...]]) -> None:
+    """Let every long node whose links are ready look at its inputs before the first one starts."""
+    for node in nodes:
+        links = [value[0] for value in node.inputs.values() if is_link(value)]
+        if hasattr(classes[node.class_type], "CHECK") and all(source in results for source in links):
+            classes[node.class_type].CHECK(**_linked(node, results))
+
+
+def _linked(node: Node, results: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """A node's inputs, with the results that its links stand for."""
+    return {k: results[v[0]][v[1]] if is_link(v) else v for k, v in node.inputs.items()}
+
+
 def _call(node: Node, cls: type[Any], results: Mapping[str, tuple[Any, ...]]) -> Any:
-    values = {k: results[v[0]][v[1]] if is_link(v) else v for k, v in node.inputs.items()}
+    values = _linked(node, results)
     for name, kind in cls.INPUT_TYPES().get("hidden", {}).items():
         values[name] = node.id if kind == "UNIQUE_ID" else None
     return getattr(cls(), cls.FUNCTION)(**values)

@@ -51,7 +51,10 @@ class Board:
         try:
             yield
         except BaseException:
-            self.state["text"] = f"stopped after step {self.state['step']}; Run goes on from the last checkpoint"
+            step = self.state["step"]
+            self.state["text"] = (
+                f"stopped after step {step}; Run goes on from the last checkpoint" if step else "stopped"
+            )
             self._send()
             raise
 

@@ -61,7 +61,13 @@ class VaderApplyLoRASample:
 
     @classmethod
     def VALIDATE_INPUTS(cls, lora_name: str | None = NO_LORA) -> bool | str:
-        return schema.verdict(lambda: lora_name in (None, NO_LORA) or host.resolve("loras", str(lora_name)))
+        return schema.verdict(lambda: check_lora(lora_name))
+
+    @classmethod
+    def CHECK(cls, model: VideoModel, prompts: PromptSet, **values: Any) -> None:
+        """Raises InputError for inputs that do not fit each other; the headless runner asks before any long work."""
+        schema.read(VideoConfig, values).resolve(model)
+        _chosen(prompts, schema.read(Choice, values))
 
     def sample(
         self,
@@ -85,6 +91,12 @@ class VaderApplyLoRASample:
 def lora_choices() -> list[str]:
     """What to offer where a LoRA file is chosen."""
     return [NO_LORA, *host.files("loras", [".safetensors"])]
+
+
+def check_lora(name: str | None) -> None:
+    """Raises InputError where there is no LoRA of that file name."""
+    if name not in (None, NO_LORA):
+        host.resolve("loras", str(name))
 
 
 def lora_file(name: str) -> LoraWeights | None:

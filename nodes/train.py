@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..vader_backend.align import AlignResult, Settings, align
+from ..vader_backend.align import AlignResult, Settings, align, check_inputs
 from ..vader_backend.evaluation.pictures import reward_curve
 from ..vader_backend.generate import VideoConfig
 from ..vader_backend.lora import LoraConfig
@@ -23,7 +23,7 @@ from ..vader_backend.trainer import Hooks, TrainOptions, TrainResult
 from . import host, schema
 from .live import Board
 from .prompts import warn_long
-from .sample import NO_LORA, lora_choices, lora_file
+from .sample import NO_LORA, check_lora, lora_choices, lora_file
 
 _PARTS = (TrainOptions, LoraConfig, Config, VideoConfig)
 _PLAIN = (
@@ -40,6 +40,7 @@ class VaderTrainLoRA:
     CATEGORY = schema.CATEGORY
     SEARCH_ALIASES = ("train lora", "reward gradient", "alignment", "vader", "fine-tune video model")
     FUNCTION = "train"
+    HAS_INTERMEDIATE_OUTPUT = True  # a fresh page is told what the node showed, also when the result is cached
     RETURN_TYPES = ("LORA_MODEL", "LOSS_MAP", "STRING")
     RETURN_NAMES = ("lora", "loss_map", "report")
     OUTPUT_TOOLTIPS = (
@@ -73,6 +74,7 @@ class VaderTrainLoRA:
         truncation: str | None = "last_k",
         from_step: int | None = 0,
         name: str | None = "vader",
+        existing_lora: str | None = NO_LORA,
     ) -> bool | str:
         def attempt() -> None:
             given = {"k": k, "sampling_steps": sampling_steps, "truncation": truncation, "from_step": from_step}
@@ -81,8 +83,14 @@ class VaderTrainLoRA:
                 schema.read(Config, given).check(sampling_steps)
             if name is not None:
                 check_name(name, "name")
+            check_lora(existing_lora)
 
         return schema.verdict(attempt)
+
+    @classmethod
+    def CHECK(cls, model: VideoModel, reward: Reward, prompts: PromptSet, **values: Any) -> None:
+        """Raises InputError for inputs that do not fit each other; the headless runner asks before any long work."""
+        check_inputs(model, reward, prompts, _settings(values))
 
     def train(
         self,

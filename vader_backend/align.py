@@ -82,7 +82,7 @@ def align(
         InputError: a setting, prompt, reward or LoRA does not fit; nothing has been written then.
         TrainingError: training diverged.
     """
-    settings.check()
+    check_inputs(model, reward, prompts, settings)
     hooks = hooks or Hooks()
     video = settings.video.resolve(model)
     objective = load("objectives", settings.method).build(
@@ -115,6 +115,17 @@ def align(
         folder.finish(lora, curves)
     accelerator.wait_for_everyone()
     return _result(lora, curves, folder, reused=False)
+
+
+def check_inputs(model: VideoModel, reward: Reward, prompts: PromptSet, settings: Settings) -> None:
+    """Refuse what cannot be trained, in no time.
+
+    Raises:
+        InputError: a setting, prompt or reward does not fit.
+    """
+    settings.check()
+    settings.video.resolve(model)
+    load("objectives", settings.method).check_inputs(settings.objective, model, reward, prompts.train)
 
 
 def _result(lora: LoraWeights, curves: dict[str, Any], folder: RunFolder, *, reused: bool) -> AlignResult:

@@ -55,6 +55,7 @@ def test_a_board_is_not_sent_too_often(sent: list[dict[str, Any]], monkeypatch: 
 
 def test_a_board_says_when_it_was_stopped_or_is_done(sent: list[dict[str, Any]], tmp_path: Path) -> None:
     board = live.Board("5", "w", 10)
+    board.progress(TrainResult(3, [0.0] * 3, [1.0] * 3), 10)
 
     def cancelled() -> None:
         with board.open():
@@ -62,7 +63,7 @@ def test_a_board_says_when_it_was_stopped_or_is_done(sent: list[dict[str, Any]],
 
     with pytest.raises(KeyboardInterrupt):
         cancelled()
-    assert "stopped after step 0" in sent[-1]["text"]
+    assert "stopped after step 3" in sent[-1]["text"]
     board.end("2 steps", [1.0, 2.0], [(2, 1.5)], tmp_path)
     assert (sent[-1]["report"], sent[-1]["step"], sent[-1]["text"]) == ("2 steps", 2, "")
 

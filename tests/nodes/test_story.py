@@ -61,13 +61,24 @@ def test_strength_zero_is_the_base_model(base: Path) -> None:
     assert torch.equal(results["4"][0], results["6"][0])
 
 
-def test_a_reward_without_gradient_is_refused_before_training(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tiny_graph.Redness.differentiable", False)
-    data = {key: value for key, value in story().items() if key in ("1", "2", "3", "5", "10")}
-    data["5"]["inputs"]["name"] = "blind"
-    with pytest.raises(InputError, match="no gradient"):
+def refused(data: Workflow, words: str, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training is refused before the base videos, which come first in the file, are sampled."""
+    monkeypatch.setattr(NODE_CLASS_MAPPINGS["VaderApplyLoRASample"], "sample", lambda *_, **__: pytest.fail("sampled"))
+    data["5"]["inputs"]["name"] = "refused"
+    with pytest.raises(InputError, match=words):
         run(data)
-    assert not list((base / "output" / "vader_runs").glob("blind*"))
+    assert not list((base / "output" / "vader_runs").glob("refused*"))
+
+
+def test_a_reward_without_gradient_is_refused_before_any_work(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tiny_graph.Redness.differentiable", False)
+    refused(story(), "no gradient", base, monkeypatch)
+
+
+def test_k_above_the_models_own_steps_is_refused_before_any_work(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = story()
+    data["5"]["inputs"] |= {"sampling_steps": 0, "k": 1000}
+    refused(data, "1000", base, monkeypatch)
 
 
 def test_long_prompts_are_told(base: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, pstdev
 
 import torch
@@ -16,12 +16,19 @@ _HEADS = ("score", "base", "base std", "aligned", "difference", "in base stds")
 
 
 @torch.no_grad()
-def score_videos(reward: Reward, video_BTCHW: Tensor, prompts: Sequence[str], batch: int = 8) -> dict[str, list[float]]:
+def score_videos(
+    reward: Reward,
+    video_BTCHW: Tensor,
+    prompts: Sequence[str],
+    batch: int = 8,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, list[float]]:
     """Score whole videos by every part of a reward.
 
     Args:
         video_BTCHW: [B, T, 3, H, W] in [0, 1].
         batch: videos scored at a time.
+        on_batch: told after each of them how many videos are scored, and how many there are.
 
     Returns:
         B values for each name of `reward.parts`.
@@ -38,6 +45,7 @@ def score_videos(reward: Reward, video_BTCHW: Tensor, prompts: Sequence[str], ba
         part = video_BTCHW[start : start + batch].to(device)
         for name, values in reward.parts(part, prompts[start : start + batch], frames).items():
             scores.setdefault(name, []).extend(values.tolist())
+        on_batch(start + len(part), len(prompts))
     return scores
 
 

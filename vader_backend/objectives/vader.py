@@ -89,7 +89,17 @@ def build(
     """Check everything and encode the prompts once.
 
     Raises:
-        InputError: a setting does not fit, or the reward has no gradient.
+        InputError: see `check_inputs`.
+    """
+    check_inputs(config, model, reward, prompts)
+    return Vader(config, model, reward, tuple(prompts), tuple(held_out), video, seed, on_step)
+
+
+def check_inputs(config: Config, model: VideoModel, reward: Reward, prompts: Sequence[str]) -> None:
+    """Refuse what cannot be trained; takes no time.
+
+    Raises:
+        InputError: a setting does not fit the model, the reward has no gradient, or there is no prompt.
     """
     config.check(config.sampling_steps or model.defaults.steps)
     if not reward.differentiable:
@@ -99,7 +109,6 @@ def build(
         )
     if not prompts:
         raise InputError("There is no prompt to train on; add one to the Prompts node.")
-    return Vader(config, model, reward, tuple(prompts), tuple(held_out), video, seed, on_step)
 
 
 @dataclass
