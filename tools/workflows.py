@@ -24,7 +24,15 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "workflows"
 _GROUP_KEYS = {"title", "color", "note", "nodes"}
 _NODE_KEYS = {"class", "title", "inputs", "models"}
-_DRAW = """async ({ api, groups, about, width, gap }) => {
+_ROOM = {  # what nodes grow by while they run, in pixels of the canvas
+    "VaderTrainLoRA": 420,
+    "VaderApplyLoRASample": 260,
+    "VaderCompareVideos": 260,
+    "VaderSaveVideo": 300,
+    "VaderSaveLoRA": 50,
+    "VaderScoreVideo": 260,
+}
+_DRAW = """async ({ api, groups, about, width, gap, room }) => {
     const graph = app.graph;
     graph.clear();
     await app.loadApiJson(api, "workflow");
@@ -32,9 +40,9 @@ _DRAW = """async ({ api, groups, about, width, gap }) => {
         const node = LiteGraph.createNode("MarkdownNote");
         graph.add(node);
         node.widgets[0].value = text;
-        const lines = text.split("\\n").reduce((sum, line) => sum + 1 + Math.floor(line.length / 46), 0);
+        const lines = text.split("\\n").reduce((sum, line) => sum + 1 + Math.floor(line.length / 58), 0);
         node.pos = [x, y];
-        node.size = [width, 70 + 21 * lines];
+        node.size = [width, 60 + 19 * lines];
         return node;
     };
     const top = gap + note(about, 0, 0).size[1] + 60;
@@ -42,12 +50,12 @@ _DRAW = """async ({ api, groups, about, width, gap }) => {
     for (const group of groups) {
         let y = top;
         const members = group.nodes.map((id) => graph.getNodeById(id));
+        if (group.note) y += note(group.note, x, y).size[1] + gap;
         for (const node of members) {
             node.size = [width, node.computeSize()[1]];
             node.pos = [x, y];
-            y += node.size[1] + gap;
+            y += node.size[1] + gap + (room[node.comfyClass] ?? 0);
         }
-        if (group.note) y += note(group.note, x, y).size[1] + gap;
         const box = new LiteGraph.LGraphGroup(group.title);
         box.color = group.color;
         box.pos = [x - 20, top - 90];
@@ -106,7 +114,7 @@ def draw(page: Page, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     source, api = read(path)
     numbers = {name: number for number, name in enumerate(source["nodes"], 1)}
     groups = [{**group, "nodes": [numbers[name] for name in group["nodes"]]} for group in source["groups"]]
-    given = {"api": api, "groups": groups, "about": source["about"], "width": 380, "gap": 60}
+    given = {"api": api, "groups": groups, "about": source["about"], "width": 380, "gap": 60, "room": _ROOM}
     drawn = json.loads(page.evaluate(_DRAW, given))
     models = {numbers[name]: node.get("models", []) for name, node in source["nodes"].items()}
     return _finished(drawn["ui"], path.stem, models), drawn["api"]

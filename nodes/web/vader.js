@@ -1,4 +1,5 @@
-// Shows on its node how a training goes (the state that nodes/live.py sends), and the text that a node ends with.
+// Shows on its node how a training goes (the state that nodes/live.py sends), the text that a node ends with,
+// and why a node of ours refuses its inputs.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -75,6 +76,28 @@ function show(state) {
     }
     fit(node);
 }
+
+// ComfyUI lists a refusal once per input, its reason out of sight: say the reason, once.
+function tellRefusals(errors) {
+    for (const { class_type: kind, errors: found } of Object.values(errors ?? {})) {
+        if (!kind?.startsWith("Vader")) continue;
+        const reasons = found.filter(({ type }) => type === "custom_validation_failed").map(({ details }) => details.replace(/^\w+ - /, ""));
+        for (const detail of new Set(reasons)) {
+            const summary = app.graph?.nodes.find((node) => node.comfyClass === kind)?.constructor.title ?? kind;
+            app.extensionManager.toast.add({ severity: "error", summary, detail, life: 20000 });
+        }
+    }
+}
+
+const queuePrompt = api.queuePrompt;
+api.queuePrompt = async function () {
+    try {
+        return await queuePrompt.apply(this, arguments);
+    } catch (error) {
+        tellRefusals(error.response?.node_errors);
+        throw error;
+    }
+};
 
 app.registerExtension({
     name: "vader.progress",

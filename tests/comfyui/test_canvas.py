@@ -1,0 +1,73 @@
+"""The pack on the canvas of a real ComfyUI: opening, running, reloading, and what an error dialog says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from vader_nodes.tools import frontend, workflows
+from vader_nodes.tools.comfyui import Server
+
+NAMES = [path.stem for path in workflows.sources()]
+PANEL = "id => app.graph.getNodeById(id)?.vaderPanel?.root.innerText ?? ''"
+TRAIN = 5  # the Train node of the quickstart
+
+
+@pytest.fixture(scope="module")
+def page(comfy: Server) -> Iterator[Any]:
+    reason = frontend.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    comfy.client.post("/settings", {"Comfy.TutorialCompleted": True, "Comfy.Minimap.Visible": False})
+    with frontend.opened(f"http://{comfy.client.address}") as page:
+        yield page
+
+
+def drawn(name: str, /, **widgets: Any) -> dict[str, Any]:
+    """A shipped canvas file; `widgets` are changed wherever a node has them."""
+    ui = json.loads((workflows.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    for node in ui["nodes"]:
+        named = node.pop("widgets_values_named", {})
+        for position, key in enumerate(named):
+            if key in widgets:
+                node["widgets_values"][position] = widgets[key]
+    return ui
+
+
+def opened(page: Any, ui: dict[str, Any]) -> None:
+    page.evaluate("async ui => { await app.loadGraphData(ui); }", ui)
+
+
+def press_run(page: Any) -> None:
+    page.get_by_role("button", name="Run", exact=True).first.click()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_canvas_files_open_and_convert_to_their_api_files(page: Any, name: str) -> None:
+    converted = frontend.converted(page, drawn(name))
+    assert converted == json.loads((workflows.FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_template_browser_lists_the_workflows(comfy: Server) -> None:
+    assert set(comfy.client.get("/workflow_templates")[frontend.PACK]) == set(NAMES)
+
+
+def test_the_train_node_shows_its_run_also_after_a_reload(page: Any, comfy: Server) -> None:
+    ui = drawn("quickstart", steps=4, sampling_steps=4, limit=1, preview_every=2, batch_size=1, name="canvas")
+    opened(page, ui)
+    press_run(page)
+    page.wait_for_function(f"({PANEL})({TRAIN}).includes('step')", timeout=60_000)
+    page.reload()
+    page.wait_for_function("() => window.app?.graph && app.extensionManager", timeout=60_000)
+    opened(page, ui)
+    page.wait_for_function(f"({PANEL})({TRAIN}).includes('4 steps')", timeout=90_000)
+    assert "held-out reward" in page.evaluate(PANEL, TRAIN)
+    assert page.evaluate("id => app.graph.getNodeById(id).vaderPanel.video.getAttribute('src')", TRAIN)
+
+
+def test_a_refused_run_shows_our_sentence(page: Any) -> None:
+    opened(page, drawn("quickstart", k=21))
+    press_run(page)
+    page.get_by_text("K is 21", exact=False).first.wait_for(timeout=20_000)
