@@ -7,7 +7,7 @@ READY = $(VENV)/.installed
 TORCH = $(shell grep '^torch==' constraints.txt)
 CHECKED = vader_backend nodes tools tests
 
-.PHONY: demo mini workflows locales test test-full test-comfyui lint clean
+.PHONY: demo mini workflows locales screenshots test test-full test-comfyui lint clean
 
 demo: $(READY)
 	$(BIN)/python -m vader_nodes run workflows/api/demo.json
@@ -29,6 +29,9 @@ workflows: $(READY)
 
 locales: $(READY)
 	$(BIN)/python -m vader_nodes.tools.locales
+
+screenshots: $(READY)
+	$(BIN)/python -m vader_nodes.tools.screenshots
 
 lint: $(READY)
 	$(BIN)/ruff check .
