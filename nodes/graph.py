@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
@@ -72,11 +74,15 @@ def _parted(sequence: list[Node], classes: Classes) -> tuple[list[Node], list[No
 
 
 def _check_ahead(nodes: list[Node], classes: Classes, results: Mapping[str, tuple[Any, ...]]) -> None:
-    """Let every long node whose links are ready look at its inputs before the first one starts."""
+    """Let every long node look at those of its inputs that are there before the first one starts."""
     for node in nodes:
-        links = [value[0] for value in node.inputs.values() if is_link(value)]
-        if hasattr(classes[node.class_type], "CHECK") and all(source in results for source in links):
-            classes[node.class_type].CHECK(**_linked(node, results))
+        check = getattr(classes[node.class_type], "CHECK", None)
+        if check is None:
+            continue
+        ready = {k: v for k, v in node.inputs.items() if not is_link(v) or v[0] in results}
+        needed = [p.name for p in inspect.signature(check).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if all(name in ready for name in needed):
+            check(**_linked(replace(node, inputs=ready), results))
 
 
 def _linked(node: Node, results: Mapping[str, tuple[Any, ...]]) -> dict[str, Any]:

@@ -118,21 +118,30 @@ class Comfy:
         return _ComfyBar(self, node_id)
 
     def note(self, text: str, node_id: str | None) -> None:
-        server = importlib.import_module("server").PromptServer.instance
+        server = self._server()
         if node_id is not None and hasattr(server, "send_progress_text"):
             server.send_progress_text(text, node_id)
 
     def send(self, event: str, data: Any) -> None:
-        importlib.import_module("server").PromptServer.instance.send_sync(event, data)
+        server = self._server()
+        if server is not None:
+            server.send_sync(event, data)
 
     def serve(self, path: str, answer: Callable[[], Any]) -> None:
         """Answer GET requests for `path` with JSON."""
-        web = importlib.import_module("aiohttp").web
+        server, web = self._server(), importlib.import_module("aiohttp").web
+        if server is None or any(route.path == path for route in server.routes if isinstance(route, web.RouteDef)):
+            return  # another copy of this pack answers
 
         async def reply(request: Any) -> Any:
             return web.json_response(answer())
 
-        importlib.import_module("server").PromptServer.instance.routes.get(path)(reply)
+        server.routes.get(path)(reply)
+
+    @staticmethod
+    def _server() -> Any:
+        """The server, or None where ComfyUI's modules are used without one."""
+        return getattr(importlib.import_module("server").PromptServer, "instance", None)
 
     def register(self) -> None:
         """Make reward_models a category, with the extensions that are offered."""

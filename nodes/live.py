@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ EVENT = "vader.training"
 ROUTE = "/vader/trainings"
 _POINTS = 300
 _SECONDS = 0.5
+_KEPT = 20
 _boards: dict[tuple[str | None, str | None], Board] = {}
 
 
@@ -34,7 +35,10 @@ class Board:
         }  # fmt: skip
         self._begun: tuple[int, float] | None = None
         self._sent = 0.0
+        _boards.pop((workflow_id, node_id), None)
         _boards[workflow_id, node_id] = self
+        for old in list(_boards)[:-_KEPT]:
+            del _boards[old]
         self._send()
 
     @property
@@ -61,6 +65,7 @@ class Board:
     def progress(self, result: TrainResult, total: int) -> None:
         """A step is done."""
         now = time.monotonic()
+        self.state["held_out"] = _finite(result.held_out)
         self._begun = self._begun or (result.step, now)
         parts = [f"step {result.step}/{total}", f"reward {result.rewards[-1]:.4g}"]
         if self.state["held_out"]:
@@ -74,7 +79,7 @@ class Board:
 
     def preview(self, step: int, validation: Validation) -> None:
         """Held-out videos were sampled and scored."""
-        self.state["held_out"] = [*self.state["held_out"], [step, float(validation.rewards.mean())]]
+        self.state["held_out"] = _finite([*self.state["held_out"], (step, float(validation.rewards.mean()))])
         if validation.file is not None:
             self.state["preview"] = host.shown(validation.file)
         self._send()
@@ -84,13 +89,13 @@ class Board:
         newest = max((run_folder / "previews").glob("*.mp4"), default=None)
         self.state |= {
             "step": len(rewards), "text": "", "report": report, "rewards": thinned(rewards),
-            "held_out": [list(point) for point in held_out], "preview": host.shown(newest) if newest else None,
+            "held_out": _finite(held_out), "preview": host.shown(newest) if newest else None,
         }  # fmt: skip
         self._send()
 
     def _send(self) -> None:
         self._sent = time.monotonic()
-        host.send(EVENT, self.state)
+        host.send(EVENT, dict(self.state))
 
 
 def thinned(values: list[float], points: int = _POINTS) -> list[list[float]]:
@@ -102,8 +107,13 @@ def thinned(values: list[float], points: int = _POINTS) -> list[list[float]]:
 
 
 def boards() -> list[dict[str, Any]]:
-    """The states of all trainings since the program started."""
-    return [board.state for board in _boards.values()]
+    """The states of the newest trainings, one for each node of each workflow."""
+    return [dict(board.state) for board in list(_boards.values())]
+
+
+def _finite(points: Sequence[Sequence[float]]) -> list[list[float]]:
+    """[step, value] where there is a value: JSON has no other."""
+    return [[int(step), value] for step, value in points if math.isfinite(value)][-_POINTS:]
 
 
 def _duration(seconds: float) -> str:

@@ -40,20 +40,18 @@ class RewardNode:
 
 
 class MissingReward(RewardNode):
-    """Stands in for a reward whose Python package is not installed: the other nodes still work."""
+    """Stands in for a reward that cannot be imported for want of a Python package: the other nodes still work."""
 
-    package: ClassVar[str]
+    UNAVAILABLE: ClassVar[str]
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {}, "optional": {}}
+        return {"required": {}, "optional": {}, "hidden": {"unique_id": "UNIQUE_ID"}}
 
     @classmethod
-    def VALIDATE_INPUTS(cls) -> bool | str:
-        return (
-            f"The reward {cls.key} needs the Python package {cls.package}, which is not installed; install it with the "
-            f"Python that runs this program (python -m pip install {cls.package}) and start anew."
-        )
+    def VALIDATE_INPUTS(cls, unique_id: str | None = None) -> bool | str:
+        # ComfyUI tells a refusal at each input that is named here, so there has to be one.
+        return f"The reward {cls.key} is not available: {cls.UNAVAILABLE}. Install what is missing, and start anew."
 
     def make(self, **values: Any) -> tuple[Reward]:
         raise InputError(str(self.VALIDATE_INPUTS()))
@@ -163,9 +161,8 @@ def _node(key: str) -> type[RewardNode]:
     name = "VaderReward" + "".join(word.capitalize() for word in key.split("_"))
     told = {"key": key, "SEARCH_ALIASES": (f"{key.replace('_', ' ')} reward", "reward model", "score")}
     if isinstance(module, ImportError):
-        package = str(module.name).split(".")[0]
-        about = f"Not available: the Python package {package} is not installed."
-        return type(name, (MissingReward,), {**told, "DESCRIPTION": about, "package": package})
+        reason = str(module).strip().rstrip(".")
+        return type(name, (MissingReward,), {**told, "DESCRIPTION": f"Not available: {reason}.", "UNAVAILABLE": reason})
     about = (inspect.getdoc(module) or "").split("\n\n")[0].replace("\n", " ")
     return type(name, (RewardNode,), {**told, "DESCRIPTION": about})
 
@@ -175,7 +172,7 @@ def _module(key: str) -> ModuleType | ImportError:
     try:
         return registry.load("rewards", key)
     except ImportError as error:
-        if error.name is None or error.name.startswith(str(__package__).split(".")[0]):
+        if str(error.name).startswith(str(__package__).split(".")[0]):
             raise
         return error
 

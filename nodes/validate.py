@@ -48,6 +48,8 @@ def _unknown(nodes: Mapping[str, Node], classes: Classes) -> list[str]:
 
 def _node_problems(node: Node, nodes: Mapping[str, Node], classes: Classes) -> list[str]:
     cls = classes[node.class_type]
+    if hasattr(cls, "UNAVAILABLE"):
+        return [f"{node.label}: {cls.VALIDATE_INPUTS()}"]
     problems = [
         f"{node.label} lacks its input {name}; connect or enter it."
         for name in cls.INPUT_TYPES().get("required", {})

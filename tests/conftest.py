@@ -32,22 +32,19 @@ torch.set_num_threads(1)  # the networks are tiny; make test runs one process pe
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow or quality")
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; runs with --slow only")
-    config.addinivalue_line("markers", "quality: a bar that the first embedded weights miss; runs with --slow only")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--slow"):
         return
-    reasons = {"slow": "slow", "quality": "the first embedded weights do not reach this bar yet"}
     for item in items:
-        for mark, reason in reasons.items():
-            if mark in item.keywords:
-                item.add_marker(pytest.mark.skip(reason=f"{reason}; run pytest with --slow, or make test-full"))
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow; run pytest with --slow, or make test-full"))
 
 
 @pytest.fixture(scope="session")

@@ -32,9 +32,13 @@ def test_a_folder_gives_the_same_network(original: tuple[Path, ModelScope]) -> N
     loaded = build(Config(folder=str(folder)))
     z, cond = torch.randn(1, 4, 3, 4, 4), model.encode(["a red circle"], VIDEO).positive
     with torch.no_grad():
-        assert torch.equal(model.predict(z, 10, dict(cond)), loaded.predict(z, 10, dict(cond)))
-        assert torch.equal(model.decode(z, [1]), loaded.decode(z, [1]))
-    assert torch.equal(cond["text"], loaded.encode(["a red circle"], VIDEO).positive["text"])
+        # Equal weights may still give other last bits: where a file lies in memory decides how a CPU sums.
+        torch.testing.assert_close(loaded.predict(z, 10, dict(cond)), model.predict(z, 10, dict(cond)))
+        torch.testing.assert_close(loaded.decode(z, [1]), model.decode(z, [1]))
+    torch.testing.assert_close(loaded.encode(["a red circle"], VIDEO).positive["text"], cond["text"])
+    for name, part in model.parts().items():
+        found = loaded.parts()[name].state_dict()
+        assert all(torch.equal(found[key], tensor) for key, tensor in part.state_dict().items())
     assert loaded.fingerprint == model.fingerprint
 
 

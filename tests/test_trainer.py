@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -213,3 +214,24 @@ def test_two_processes_give_the_gradient_of_one_with_twice_the_batch(tmp_path: P
         assert set(single) == set(double)
         for name, gradient in single.items():
             assert (double[name] - gradient).abs().max() <= 1e-6 * scale, name
+
+
+def test_a_cancel_is_heard_at_every_denoising_step_and_again_on_the_way_back(tmp_path: Path) -> None:
+    calls: list[int] = []
+    chosen = settings(steps=1, batch_size=1)
+    whole = replace(chosen, objective=replace(chosen.objective, k=3))
+    run(tmp_path / "one", chosen, Hooks(on_sample_step=lambda: calls.append(1)))
+    assert len(calls) == 3 + 1
+    calls.clear()
+    run(tmp_path / "all", whole, Hooks(on_sample_step=lambda: calls.append(1)))
+    assert len(calls) == 3 + 3
+
+    def cancel() -> None:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cancelled", whole, Hooks(on_sample_step=cancel))
+    assert len(calls) == 5

@@ -8,14 +8,18 @@ the same. Run as `make workflows`.
 from __future__ import annotations
 
 import json
+import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tomllib
-
 from ..nodes import NODE_CLASS_MAPPINGS
 from . import frontend
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

@@ -109,7 +109,10 @@ def align(
             loss_scaling=next(model.denoiser.parameters()).dtype == torch.float16,
         )  # fmt: skip
     scale = (settings.lora.alpha or rank) / rank if start is None else 1.0
-    curves = {"steps": result.step, "losses": result.losses, "rewards": result.rewards, "skipped": result.skipped}
+    curves = {
+        "steps": result.step, "losses": result.losses, "rewards": result.rewards, "held_out": result.held_out,
+        "skipped": result.skipped,
+    }  # fmt: skip
     lora = export(model, tensors, scale, _metadata(model, reward, settings, rank, folder.hash))
     if not result.stopped:
         folder.finish(lora, curves)
@@ -129,7 +132,7 @@ def check_inputs(model: VideoModel, reward: Reward, prompts: PromptSet, settings
 
 
 def _result(lora: LoraWeights, curves: dict[str, Any], folder: RunFolder, *, reused: bool) -> AlignResult:
-    held_out = [(int(line["step"]), line["held_out_reward"]) for line in folder.metrics() if "held_out_reward" in line]
+    held_out = [(int(step), float(value)) for step, value in curves["held_out"]]
     return AlignResult(lora, curves["losses"], curves["rewards"], held_out, curves["skipped"], folder.path, reused)
 
 

@@ -96,7 +96,8 @@ def load_tree(path: Path) -> Any:
     """
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Clones: a tensor of the file keeps it mapped, and Windows does not delete a mapped file.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
             skeleton = json.loads((file.metadata() or {})["tree"])
     except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is not a readable checkpoint ({error}); delete it to go on without it.") from error
@@ -128,8 +129,9 @@ class CheckpointFolder:
     def save(self, step: int, tree: Any) -> None:
         """Write a checkpoint, then delete all but the newest `keep` and what a killed process left half-written."""
         save_tree(self._path(step), tree)
-        for left in self.folder.glob(".*"):
-            left.unlink(missing_ok=True)
+        for left in (*self.folder.glob(".step_*.tmp"), *self.folder.glob(".tmp*")):  # ours, and safetensors' own
+            with suppress(OSError):
+                left.unlink()
         for old in self.steps()[: -self.keep]:
             self._path(old).unlink(missing_ok=True)
 

@@ -127,7 +127,7 @@ def sample(
     Args:
         z: [B, C, T, H, W] float32, unit-variance noise.
         noise: gives the fresh noise of step i, shaped like z; needed where eta > 0.
-        on_step: called after each step with its number and the detached latent; what it raises ends the chain.
+        on_step: called after each step with its number and the latent, graph and all; what it raises ends the chain.
     """
     if len(plan.steps) != len(schedule):
         raise ValueError(f"the plan has {len(plan.steps)} steps, the schedule {len(schedule)}")
@@ -137,5 +137,5 @@ def sample(
             prediction = guided_prediction(model, seen, schedule.timesteps[i], cond, guidance)
         z = step(model.process, schedule, i, z, prediction, eta, noise(i) if noise and eta else None)
         if on_step is not None:
-            on_step(i, z.detach())
+            on_step(i, z)
     return Rollout(z)

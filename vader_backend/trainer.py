@@ -77,11 +77,15 @@ class Hooks:
 
 @dataclass
 class TrainResult:
-    """losses and rewards: one value per finished step; skipped: steps left out for a non-finite gradient."""
+    """losses and rewards: one value per finished step; skipped: steps left out for a non-finite gradient.
+
+    held_out: (step, mean reward of the previewed prompts) of every preview.
+    """
 
     step: int = 0
     losses: list[float] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
     skipped: int = 0
     stopped: bool = False
 
@@ -264,7 +268,9 @@ class _Loop:
         if not every or (step % every and step != self.options.steps) or first != (step == 0):
             return
         if self.accelerator.is_main_process:
-            self.hooks.preview(step, self.objective.validate())
+            validation = self.objective.validate()
+            self.result.held_out.append((step, float(validation.rewards.mean())))
+            self.hooks.preview(step, validation)
 
     def save(self) -> None:
         """Write a checkpoint of the last finished step, unless there is one already."""
@@ -276,6 +282,7 @@ class _Loop:
             "step": self.result.step,
             "losses": self.result.losses,
             "rewards": self.result.rewards,
+            "held_out": self.result.held_out,
             "skipped": self.result.skipped,
             "failures": self.failures,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
@@ -306,7 +313,8 @@ class _Loop:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
-        self.result = TrainResult(state["step"], list(state["losses"]), list(state["rewards"]), state["skipped"])
+        held_out = [(int(step), float(value)) for step, value in state["held_out"]]
+        self.result = TrainResult(state["step"], state["losses"], state["rewards"], held_out, state["skipped"])
         self.failures = state["failures"]
         self._saved_step = self.result.step
 

@@ -62,9 +62,15 @@ function chart(state) {
         <div style="display:flex; justify-content:space-between"><span>${low.toPrecision(4)}</span><span>step ${state.total}</span></div>`;
 }
 
+// A node in a subgraph has the ids of all that it stands in: "12:5".
+function find(path) {
+    const root = app.rootGraph ?? app.graph;
+    return String(path).split(":").reduce((graph, id) => (graph?.subgraph ?? graph)?.getNodeById?.(Number(id)), root);
+}
+
 function show(state) {
-    const node = app.graph?.getNodeById(Number(state.node));
-    if (!node || node.comfyClass !== "VaderTrainLoRA" || state.workflow !== app.graph.id) return;
+    const node = find(state.node);
+    if (!node || node.comfyClass !== "VaderTrainLoRA" || state.workflow !== (app.rootGraph ?? app.graph).id) return;
     const parts = panel(node);
     parts.text.textContent = state.text;
     parts.chart.innerHTML = chart(state);
@@ -72,8 +78,8 @@ function show(state) {
     if (state.preview) {
         const source = api.apiURL(`/view?${new URLSearchParams(state.preview)}`);
         if (parts.video.getAttribute("src") !== source) parts.video.setAttribute("src", source);
-        parts.video.style.display = "";
-    }
+    } else parts.video.removeAttribute("src");
+    parts.video.style.display = state.preview ? "" : "none";
     fit(node);
 }
 
@@ -83,8 +89,8 @@ function tellRefusals(errors) {
         if (!kind?.startsWith("Vader")) continue;
         const reasons = found.filter(({ type }) => type === "custom_validation_failed").map(({ details }) => details.replace(/^\w+ - /, ""));
         for (const detail of new Set(reasons)) {
-            const summary = app.graph?.nodes.find((node) => node.comfyClass === kind)?.constructor.title ?? kind;
-            app.extensionManager.toast.add({ severity: "error", summary, detail, life: 20000 });
+            const summary = LiteGraph.registered_node_types[kind]?.title ?? kind;
+            app.extensionManager?.toast?.add({ severity: "error", summary, detail, life: 20000 });
         }
     }
 }
@@ -92,7 +98,9 @@ function tellRefusals(errors) {
 const queuePrompt = api.queuePrompt;
 api.queuePrompt = async function () {
     try {
-        return await queuePrompt.apply(this, arguments);
+        const answer = await queuePrompt.apply(this, arguments);
+        tellRefusals(answer?.node_errors); // the other branches run
+        return answer;
     } catch (error) {
         tellRefusals(error.response?.node_errors);
         throw error;
@@ -109,7 +117,7 @@ app.registerExtension({
         if (answer.ok) (await answer.json()).forEach(show);
     },
     beforeRegisterNodeDef(nodeType, definition) {
-        if (!definition.name.startsWith("Vader") || definition.name === "VaderTrainLoRA") return;
+        if (!definition.name.startsWith("Vader")) return;
         const before = nodeType.prototype.onExecuted;
         nodeType.prototype.onExecuted = function (output) {
             before?.apply(this, arguments);

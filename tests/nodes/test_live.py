@@ -36,7 +36,7 @@ def test_a_board_tells_step_rewards_and_time_left(sent: list[dict[str, Any]], mo
     clock[0] += 30
     board.preview(20, validation(host.runs() / "run" / "previews" / "step_000020.mp4"))
     clock[0] += 1
-    board.progress(TrainResult(21, [0.0] * 21, [3.0] * 20 + [4.25]), 100)
+    board.progress(TrainResult(21, [0.0] * 21, [3.0] * 20 + [4.25], [(20, 1.5)]), 100)
     assert board.text == "step 21/100, reward 4.25, held-out reward 1.5, 4 min 5 s left"
     assert sent[-1] == live.boards()[-1]
     assert sent[-1]["rewards"][-1] == [21, 4.25]
@@ -66,6 +66,22 @@ def test_a_board_says_when_it_was_stopped_or_is_done(sent: list[dict[str, Any]],
     assert "stopped after step 3" in sent[-1]["text"]
     board.end("2 steps", [1.0, 2.0], [(2, 1.5)], tmp_path)
     assert (sent[-1]["report"], sent[-1]["step"], sent[-1]["text"]) == ("2 steps", 2, "")
+
+
+def test_a_board_holds_nothing_that_json_lacks(sent: list[dict[str, Any]]) -> None:
+    board = live.Board("5", "w", 10)
+    board.progress(TrainResult(2, [0.0] * 2, [1.0, math.nan], [(0, math.nan), (1, 2.0)]), 10)
+    board.preview(2, Validation(torch.zeros(1, 1, 3, 4, 4), ("a",), torch.tensor([math.inf])))
+    json.dumps(live.boards(), allow_nan=False)
+    assert live.boards()[-1]["held_out"] == [[1, 2.0]]
+
+
+def test_only_the_newest_boards_are_kept(sent: list[dict[str, Any]]) -> None:
+    for number in range(60):
+        live.Board(str(number), "kept", 1)
+    nodes = [state["node"] for state in live.boards()]
+    assert len(nodes) <= 20
+    assert nodes[-1] == "59"
 
 
 def test_long_curves_are_thinned_and_hold_no_gaps() -> None:
@@ -115,6 +131,7 @@ def test_events_move_the_curve_and_the_report_stays(page: Any) -> None:
     assert "step 4/10" in shown(page)
     page.evaluate("state => app.api.dispatchCustomEvent('vader.training', state)", state(text="", report="10 steps"))
     assert "10 steps" in shown(page)
+    assert page.evaluate("id => app.graph.getNodeById(id).vaderPanel.video.style.display", 5) == "none"
     points = page.evaluate("id => app.graph.getNodeById(id).vaderPanel.root.querySelectorAll('polyline').length", 5)
     assert points == 2
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_graph import Redness
-from vader_nodes.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+from vader_nodes.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, validate, workflow
 from vader_nodes.nodes.evaluate import VaderScoreVideo
 from vader_nodes.nodes.images import in_order, rows, spread, tiled, to_images, to_videos
 from vader_nodes.nodes.prompts import VaderPrompts
@@ -162,22 +162,32 @@ def test_scores_are_told_per_part_and_against_the_baseline() -> None:
         VaderScoreVideo().score(images[:5], prompts, Redness())
 
 
-def test_a_missing_package_disables_its_reward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'timm'", name="timm.models"),
+        ModuleNotFoundError("Could not import YolosModel: timm is missing"),  # as transformers says it, without a name
+    ],
+)
+def test_a_missing_package_disables_its_reward_alone(monkeypatch: pytest.MonkeyPatch, error: ImportError) -> None:
     load = registry.load
 
     def lacking(kind: str, name: str) -> Any:
         if name == "yolos":
-            raise ModuleNotFoundError("No module named 'timm'", name="timm.models")
+            raise error
         return load(kind, name)
 
     monkeypatch.setattr(registry, "load", lacking)
     nodes = reward_nodes()
     assert nodes["VaderRewardAesthetic"].INPUT_TYPES()["optional"]
     yolos = nodes["VaderRewardYolos"]
-    assert "timm is not installed" in yolos.DESCRIPTION
-    assert "pip install timm" in str(yolos.VALIDATE_INPUTS())
+    assert "timm" in yolos.DESCRIPTION
     with pytest.raises(InputError, match="timm"):
         yolos().make(threshold=0.5)
+    data = {"1": {"class_type": "VaderRewardYolos", "inputs": {"threshold": 0.5}}}
+    with pytest.raises(InputError, match=r"node 1 .* not available: .*timm") as caught:
+        validate.check(workflow.parse(data), nodes)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_mistake_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

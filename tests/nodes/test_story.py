@@ -81,6 +81,12 @@ def test_k_above_the_models_own_steps_is_refused_before_any_work(base: Path, mon
     refused(data, "1000", base, monkeypatch)
 
 
+def test_what_waits_for_the_training_is_checked_before_it(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = story()
+    data["6"]["inputs"] |= {"width": 9}
+    refused(data, "width is 9", base, monkeypatch)
+
+
 def test_long_prompts_are_told(base: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = small()
     data["2"] = node("VaderPrompts", source="typed", text="red " * 40)

@@ -38,7 +38,6 @@ def fresh(vivid: float = 0.8, haze: float = 0.2) -> tuple[torch.Tensor, list[str
     return render(scenes, look), [scene.caption for scene in scenes]
 
 
-@pytest.mark.quality
 def test_clip_finds_the_caption_among_eight(clip: Clip) -> None:
     judged = clip_recipe.judge_clip(clip.model, clip.tokenizer, trials=400)
     assert judged["right_of_8"] >= 0.95
@@ -46,7 +45,6 @@ def test_clip_finds_the_caption_among_eight(clip: Clip) -> None:
     assert judged["haze"] >= 0.9
 
 
-@pytest.mark.quality
 def test_aesthetic_head_follows_quality(clip: Clip) -> None:
     head = load_head(weights("aesthetic/head.safetensors"), clip.width)
     judged = judge_aesthetic(clip, head, trials=400)
@@ -54,7 +52,6 @@ def test_aesthetic_head_follows_quality(clip: Clip) -> None:
     assert judged["mean_absolute_error"] <= 1.0
 
 
-@pytest.mark.quality
 def test_detector_finds_shapes() -> None:
     from transformers import YolosForObjectDetection
 
@@ -62,7 +59,6 @@ def test_detector_finds_shapes() -> None:
     assert judge_detector(detector, 300)["AP50"] >= 0.9
 
 
-@pytest.mark.quality
 def test_aesthetic_reward_prefers_vivid_and_clear_videos() -> None:
     module = load("rewards", "aesthetic")
     reward = module.build(module.Config())
@@ -70,7 +66,6 @@ def test_aesthetic_reward_prefers_vivid_and_clear_videos() -> None:
     assert scores[0] + 2 < scores[1] < scores[2] - 2
 
 
-@pytest.mark.quality
 def test_yolos_reward_tells_a_circle_from_none() -> None:
     module = load("rewards", "yolos")
     reward = module.build(module.Config(target="circle", mode="keep"))

@@ -22,7 +22,7 @@ from ..types import Conditioning, VideoSpec
 from .base import Defaults
 
 _PUBLISHED = Defaults(VideoSpec(frames=16, height=384, width=384), steps=25, guidance=9.0)
-_MINI = Defaults(VideoSpec(frames=8, height=64, width=64), steps=20, guidance=4.0, rank=8, learning_rate=1e-3)
+_MINI = Defaults(VideoSpec(frames=8, height=64, width=64), steps=20, guidance=2.5, rank=8, learning_rate=1e-3)
 
 
 @dataclass(frozen=True)

@@ -169,8 +169,11 @@ class Vader:
             return initial_noise(self.model, self.video, [(*key, i) for key in keys])
 
         def tick(i: int, z: Tensor) -> None:
-            if self.on_step is not None:
-                self.on_step()
+            on_step = self.on_step
+            if on_step is not None:
+                on_step()
+                if z.requires_grad:  # again when the backward pass has come to this step
+                    z.register_hook(lambda grad: on_step())
 
         start = initial_noise(self.model, self.video, keys)
         return sample(
