@@ -15,8 +15,8 @@ from pathlib import Path
 from urllib.error import URLError
 
 from .comfyui_client import Client
+from .frontend import PACK
 
-PACK = "vader-video-alignment"
 ROOT = Path(__file__).resolve().parents[1]
 HOW_TO_GET_ONE = (
     "No ComfyUI was found: clone https://github.com/comfyanonymous/ComfyUI to ~/ComfyUI, or name its folder in "
