@@ -8,6 +8,7 @@ brightness of a plain background leaks through the last noise level and sampling
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .fit import SEED, fit
 from .tokenizer import MAX_TOKENS, save_tokenizer
 
 STEPS = 6000
+MOTION_STEPS = 4000
 _BATCH = 16
 _POOL = 6000
 _DROP_TEXT = 0.1
@@ -83,26 +85,45 @@ class TextToVideo(nn.Module):
         )
 
 
-def train_text_to_video(vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, steps: int = STEPS) -> TextToVideo:
-    """Train on fresh renders of seen scenes, encoded once."""
+def train_text_to_video(
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, steps: int = STEPS, motion_steps: int = MOTION_STEPS
+) -> TextToVideo:
+    """Train on renders of seen scenes, encoded once: first all that a picture shows, then the direction of motion.
+
+    The words for motion say something that the noise does not only at the noisiest times, and too
+    little of the loss to be noticed beside the rest: without the second training they are ignored.
+    """
     model = TextToVideo(tokenizer)
     process = VariancePreserving.from_config(SCHEDULER)
     latents, captions = _pool(vae)
     tokens = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
 
-    def loss(step: int, rng: torch.Generator) -> Tensor:
+    def loss(times: Callable[[torch.Generator], Tensor], rng: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (_BATCH,), generator=rng)
         x0 = latents[rows].float()
         noise = torch.randn(x0.shape, generator=rng)
-        # The noisiest times decide background, colour, place and motion: they get more than their share.
-        t = (999 * torch.rand(_BATCH, generator=rng).pow(0.4)).round().long()
+        t = times(rng)
         blank = torch.rand(_BATCH, generator=rng) < _DROP_TEXT
         text = model.text_encoder(torch.where(blank[:, None], tokens[-1], tokens[rows])).last_hidden_state
         output = model.unet(process.add_noise(x0, noise, t), t, text).sample.float()
         return (output - process.target(x0, noise, t)).square().mean()
 
-    fit("text_to_video", model, loss, steps=steps, learning_rate=2e-3, work=work)
+    fit("text_to_video", model, lambda _, rng: loss(_times, rng), steps=steps, learning_rate=2e-3, work=work)
+    model.requires_grad_(True)
+    fit("motion", model, lambda _, rng: loss(_noisy_times, rng), steps=motion_steps, learning_rate=1e-3, work=work)
     return model
+
+
+def _times(rng: torch.Generator) -> Tensor:
+    """Times of one batch: the noisier ones decide background, colour and place, and get more than their share."""
+    return (999 * torch.rand(_BATCH, generator=rng).pow(0.4)).round().long()
+
+
+def _noisy_times(rng: torch.Generator) -> Tensor:
+    """Half of them where direction is decided."""
+    usual = _times(rng)
+    noisy = torch.randint(870, 1000, (_BATCH,), generator=rng)
+    return torch.where(torch.arange(_BATCH) % 2 == 0, usual, noisy)
 
 
 @torch.no_grad()
