@@ -31,6 +31,7 @@ locales: $(READY)
 	$(BIN)/python -m vader_nodes.tools.locales
 
 screenshots: $(READY)
+	$(BIN)/python -m vader_nodes.tools.example_graphs
 	$(BIN)/python -m vader_nodes.tools.screenshots
 
 lint: $(READY)

@@ -73,7 +73,7 @@ class Alone:
     def cancel(self) -> None:
         """Ctrl+C raises by itself."""
 
-    def bar(self, label: str, node_id: str | None) -> Bar:
+    def bar(self, label: str, node_id: str | None, *, plain: bool) -> Bar:
         return _Tqdm(label)
 
     def note(self, text: str, node_id: str | None) -> None:
@@ -114,8 +114,8 @@ class Comfy:
     def cancel(self) -> None:
         self.memory.throw_exception_if_processing_interrupted()
 
-    def bar(self, label: str, node_id: str | None) -> Bar:
-        return _ComfyBar(self, node_id)
+    def bar(self, label: str, node_id: str | None, *, plain: bool) -> Bar:
+        return _ComfyBar(self, node_id, plain)
 
     def note(self, text: str, node_id: str | None) -> None:
         server = self._server()
@@ -170,14 +170,17 @@ class _Tqdm:
 
 
 class _ComfyBar:
-    def __init__(self, host: Comfy, node_id: str | None) -> None:
+    def __init__(self, host: Comfy, node_id: str | None, plain: bool) -> None:
         self.host = host
         self.node_id = node_id
+        self.plain = plain
         self.bar = importlib.import_module("comfy.utils").ProgressBar(1, node_id)
         self._last_picture = 0.0
 
     def show(self, done: int, total: int, text: str, picture: Callable[[], Tensor] | None) -> None:
         preview = None
+        if self.plain:
+            text, picture = "", None
         if picture is not None and time.monotonic() - self._last_picture > _PREVIEW_SECONDS:
             preview = ("JPEG", _pil(picture()), 256)
             self._last_picture = time.monotonic()
@@ -242,10 +245,14 @@ def workspace(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def progress(label: str, node_id: str | None) -> Iterator[Callable[..., None]]:
-    """Yields show(done, total, text="", picture=None), which raises where the user has cancelled."""
+def progress(label: str, node_id: str | None, *, plain: bool = False) -> Iterator[Callable[..., None]]:
+    """Yields show(done, total, text="", picture=None), which raises where the user has cancelled.
+
+    Args:
+        plain: the node shows text and pictures by itself, so the canvas draws the bar alone.
+    """
     host = current()
-    bar = host.bar(label, node_id)
+    bar = host.bar(label, node_id, plain=plain)
 
     def show(done: int, total: int, text: str = "", picture: Callable[[], Tensor] | None = None) -> None:
         host.cancel()
@@ -287,6 +294,11 @@ def checkpoints(category: str, marker: str) -> list[str]:
         for path in folder.glob(pattern)
     }
     return sorted(found)
+
+
+def folder(category: str) -> Path:
+    """Where new models of a category go."""
+    return current().folders(category)[0]
 
 
 def resolve(category: str, name: str) -> Path:

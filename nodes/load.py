@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..vader_backend import registry
+from ..vader_backend import hub, registry
 from ..vader_backend.config import InputError
 from ..vader_backend.mini import files
 from ..vader_backend.models.base import VideoModel
@@ -27,10 +27,23 @@ class VaderLoadVideoModel:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         tooltip = "Checkpoint: mini/... is embedded in this pack; the others are folders of models/diffusers."
-        return {"required": {"checkpoint": schema.combo(choices(), tooltip)}, "optional": _settings()}
+        hub_id = schema.text(
+            "",
+            "Id of a Hugging Face repository, such as damo-vilab/text-to-video-ms-1.7b. It is downloaded once, into "
+            "models/diffusers, and taken instead of the checkpoint.",
+        )
+        return {
+            "required": {"checkpoint": schema.combo(choices(), tooltip)},
+            "optional": {**_settings(), "hub_id": hub_id},
+            "hidden": {"unique_id": "UNIQUE_ID"},
+        }
 
-    def load(self, checkpoint: str, **values: Any) -> tuple[VideoModel]:
-        folder = locate(checkpoint)
+    @classmethod
+    def VALIDATE_INPUTS(cls, hub_id: str | None = "") -> bool | str:
+        return schema.verdict(lambda: hub.check_repository(hub_id) if hub_id else None)
+
+    def load(self, checkpoint: str, hub_id: str = "", unique_id: str | None = None, **values: Any) -> tuple[VideoModel]:
+        folder = download(hub_id, unique_id) if hub_id else locate(checkpoint)
         module = family(folder)
         with host.training_mode():
             return (module.build(schema.read(module.Config, {"folder": str(folder), **values})),)
@@ -48,6 +61,21 @@ def locate(checkpoint: str) -> Path:
     if checkpoint.startswith(files.PREFIX):
         return files.weights(checkpoint.removeprefix(files.PREFIX))
     return host.resolve("diffusers", checkpoint)
+
+
+def download(repository: str, node_id: str | None) -> Path:
+    """The folder of models/diffusers that holds a repository, which is downloaded unless it is there already.
+
+    Raises:
+        InputError: it cannot be downloaded.
+    """
+    folder = host.folder("diffusers") / repository
+    with host.progress("Downloading", node_id) as show:
+
+        def tell(done: int, total: int) -> None:
+            show(done, total, f"{done / 1e9:.2f} of {total / 1e9:.2f} GB of {repository}")
+
+        return hub.download(repository, folder, on_progress=tell)
 
 
 def family(folder: Path) -> ModuleType:

@@ -6,9 +6,6 @@ from collections.abc import Callable
 from statistics import fmean
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..vader_backend.align import AlignResult, Settings, align, check_inputs
 from ..vader_backend.evaluation.pictures import reward_curve
 from ..vader_backend.generate import VideoConfig
@@ -108,7 +105,7 @@ class VaderTrainLoRA:
         warn_long(model, prompts.train)
         networks = [*model.parts().values(), *reward.networks()]
         board = Board(unique_id, _workflow_id(extra_pnginfo), settings.train.steps)
-        with board.open(), host.workspace(networks), host.progress("Training", unique_id) as show:
+        with board.open(), host.workspace(networks), host.progress("Training", unique_id, plain=True) as show:
             hooks = _hooks(show, board)
             result = align(model, reward, prompts, settings, root=host.runs(), name=name, start=start, hooks=hooks)
         report = _report(result)
@@ -136,14 +133,9 @@ def _hooks(show: Callable[..., None], board: Board) -> Hooks:
 
     def preview(done: int, validation: Validation) -> None:
         board.preview(done, validation)
-        show(done, board.total, board.text, lambda: _strip(validation.video_BTCHW))
+        show(done, board.total, board.text)
 
     return Hooks(progress=progress, preview=preview, on_sample_step=host.cancel)
-
-
-def _strip(video_BTCHW: Tensor) -> Tensor:
-    """The middle frames of all videos side by side, [3, H, B*W]."""
-    return torch.cat(list(video_BTCHW[:, video_BTCHW.shape[1] // 2]), dim=-1)
 
 
 def _report(result: AlignResult) -> str:

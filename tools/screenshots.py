@@ -1,5 +1,7 @@
 """Takes the pictures of docs/images in a real ComfyUI: the canvas, the Train node while it runs, a refused input.
 
+The Train node alone goes into its help page.
+
 Run as `make screenshots`; it runs a third of the quickstart and takes some minutes.
 """
 
@@ -11,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import frontend, workflows
+from . import example_graphs, frontend, workflows
 from .comfyui import HOW_TO_GET_ONE, find, serve
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 FOLDER = workflows.ROOT / "docs" / "images"
 _RUN_SECONDS = 1800
+_MIDDLE = {"x": 590, "y": 45, "width": 420, "height": 640}
 _LOOK = """([name, scale, share]) => {
     const node = app.graph.nodes.find((node) => node.comfyClass === name);
     const [x, y] = [node.pos[0] + node.size[0] / 2, node.pos[1] + node.size[1] * share];
@@ -47,6 +50,7 @@ def main() -> None:
             _press_run(page)
             page.wait_for_function(_PROGRESS, arg=0.3, timeout=_RUN_SECONDS * 1000)
             _take(page, "training", "VaderTrainLoRA", 1.0, 0.85)
+            page.screenshot(path=example_graphs.FOLDER / "training.jpg", type="jpeg", quality=80, clip=_MIDDLE)
             server.client.interrupt()
             _refuse(page)
             _take(page, "refused", "VaderTrainLoRA", 0.62, 0.3)

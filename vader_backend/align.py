@@ -140,17 +140,20 @@ def _recording(hooks: Hooks, folder: RunFolder, fps: float) -> Hooks:
     """The hooks, which also write the metrics and previews of the run folder."""
     rewound = False
 
-    def progress(result: TrainResult, total: int, metrics: dict[str, float]) -> None:
+    def log(step: int, metrics: dict[str, float]) -> None:
         nonlocal rewound
-        if not rewound:
-            folder.rewind(result.step - 1)
+        if not rewound:  # what a killed process wrote after its last checkpoint comes once more
+            folder.rewind(step - 1)
             rewound = True
-        folder.log(result.step, metrics)
+        folder.log(step, metrics)
+
+    def progress(result: TrainResult, total: int, metrics: dict[str, float]) -> None:
+        log(result.step, metrics)
         hooks.progress(result, total, metrics)
 
     def preview(done: int, validation: Validation) -> None:
         file = folder.preview(done, validation.video_BTCHW, fps)
-        folder.log(done, {"held_out_reward": float(validation.rewards.mean())})
+        log(done, {"held_out_reward": float(validation.rewards.mean())})
         hooks.preview(done, replace(validation, file=file))
 
     return replace(hooks, progress=progress, preview=preview)

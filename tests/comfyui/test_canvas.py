@@ -54,6 +54,16 @@ def test_the_template_browser_lists_the_workflows(comfy: Server) -> None:
     assert set(comfy.client.get("/workflow_templates")[frontend.PACK]) == set(NAMES)
 
 
+def test_a_help_page_shows_its_pictures(page: Any) -> None:
+    opened(page, drawn("quickstart"))
+    page.evaluate("id => app.canvas.selectNode(app.graph.getNodeById(id))", TRAIN)
+    page.get_by_test_id("info-button").click()
+    page.get_by_text("Common mistakes").wait_for(timeout=20_000)
+    widths = page.eval_on_selector_all("img[src*='/docs/images/']", "all => all.map(one => one.naturalWidth)")
+    assert len(widths) == 2
+    assert min(widths) > 0
+
+
 def test_the_train_node_shows_its_run_also_after_a_reload(page: Any, comfy: Server) -> None:
     ui = drawn("quickstart", steps=4, sampling_steps=4, limit=1, preview_every=2, batch_size=1, name="canvas")
     opened(page, ui)

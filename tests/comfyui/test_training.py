@@ -68,7 +68,7 @@ def test_cancel_stops_within_a_denoising_step(cancelled: Cancelled) -> None:
     assert cancelled.run.end is not None
     assert cancelled.run.end.kind == "execution_interrupted"
     assert cancelled.run.of("execution_interrupted")[0]["node_id"] == TRAIN
-    assert cancelled.wait < cancelled.step / 3  # two thirds of the step were left
+    assert cancelled.wait < cancelled.step / 10  # of 100 denoising steps, and the backward pass
 
 
 def test_nothing_is_left_of_a_cancelled_training(comfy: Server, cancelled: Cancelled) -> None:

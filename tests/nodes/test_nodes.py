@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,15 @@ def test_defaults_pass_the_nodes_own_validation(name: str, cls: type[Any]) -> No
     assert getattr(cls, "VALIDATE_INPUTS", lambda: True)() is True
 
 
-def test_help_pages_belong_to_nodes(root: Path) -> None:
-    pages = {path.stem for path in (root / "nodes" / "web" / "docs").glob("*.md")}
-    assert pages <= set(NODE_CLASS_MAPPINGS)
+def test_help_pages_belong_to_nodes_and_show_an_example(root: Path) -> None:
+    folder = root / "nodes" / "web" / "docs"
+    shown = set()
+    for page in folder.glob("*.md"):
+        assert page.stem in NODE_CLASS_MAPPINGS
+        example = page.read_text(encoding="utf-8").partition("## Example")[2].partition("\n## ")[0]
+        assert f"(images/{page.stem}.jpg)" in example
+        shown |= set(re.findall(r"!\[[^]]+\]\((images/[^)]+)\)", page.read_text(encoding="utf-8")))
+    assert shown == {path.relative_to(folder).as_posix() for path in folder.glob("images/*")}
 
 
 def test_every_reward_has_its_node() -> None:

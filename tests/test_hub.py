@@ -1,0 +1,143 @@
+"""Downloads from a hub of our own on the loopback: whole, stopped and taken up again, and refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import save_tiny, tiny_model
+from vader_nodes.nodes import host
+from vader_nodes.nodes.load import VaderLoadVideoModel
+from vader_nodes.vader_backend import hub
+from vader_nodes.vader_backend.config import InputError
+
+WEIGHTS = b"w" * 30_000_000  # huggingface_hub writes 10 MB at a time
+FILES = {
+    "model_index.json": b"{}",
+    "unet/model.safetensors": WEIGHTS,
+    "unet/model.fp16.safetensors": b"w",
+    "unet/model.bin": b"pickle",
+    "all.safetensors": b"w",
+}
+REVISION = "a" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few answers of the hub's API that a download needs."""
+
+    files = FILES
+    pause = 0.0
+    requests = 0
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, *, body: bool) -> None:
+        type(self).requests += 1
+        name = self.path.partition("?")[0]
+        if not name.startswith(("/api/models/org/net", "/org/net/resolve/")):
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if name.startswith("/api/"):
+            siblings = [{"rfilename": key, "size": len(value)} for key, value in self.files.items()]
+            content = json.dumps({"id": "org/net", "sha": REVISION, "siblings": siblings}).encode()
+        else:
+            content = self.files[name.split(f"/{REVISION}/")[1]]
+        first = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        self.send_response(206 if first else 200)
+        self.send_header("X-Repo-Commit", REVISION)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("Content-Length", str(len(content) - first))
+        self.send_header("Content-Type", "application/json")
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        for start in range(first, len(content) if body else 0, 1_000_000):
+            time.sleep(self.pause)
+            self.wfile.write(content[start : min(start + 1_000_000, len(content))])
+
+    def log_message(self, *_: object) -> None:
+        """Silence."""
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    Hub.files, Hub.pause, Hub.requests = FILES, 0.0, 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    yield address
+    server.shutdown()
+
+
+@pytest.mark.usefixtures("address")
+def test_a_download_brings_what_is_wanted_once(tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    folder = hub.download("org/net", tmp_path / "net", on_progress=lambda *now: seen.append(now))
+    assert (folder / "unet" / "model.safetensors").read_bytes() == WEIGHTS
+    assert (folder / "model_index.json").exists()
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {name for name in files if name in FILES} == {"model_index.json", "unet/model.safetensors"}
+    assert seen[-1] == (30_000_002, 30_000_002)
+    before = Hub.requests
+    hub.download("org/net", tmp_path / "net")
+    assert Hub.requests == before
+
+
+@pytest.mark.usefixtures("address")
+def test_a_stopped_download_goes_on(tmp_path: Path) -> None:
+    Hub.pause = 0.1
+
+    def stop(done: int, total: int) -> None:
+        if done > 5_000_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.download("org/net", tmp_path / "net", on_progress=stop)
+    assert not (tmp_path / "net" / "unet" / "model.safetensors").exists()
+    Hub.pause = 0.0
+    hub.download("org/net", tmp_path / "net")
+    assert (tmp_path / "net" / "unet" / "model.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.usefixtures("address")
+def test_the_node_downloads_a_model_and_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny(tmp_path / "original")
+    paths = [path for path in (tmp_path / "original").rglob("*") if path.is_file()]
+    Hub.files = {path.relative_to(tmp_path / "original").as_posix(): path.read_bytes() for path in paths}
+    monkeypatch.setattr(host, "_alone", host.Alone(tmp_path))
+    (model,) = VaderLoadVideoModel().load("mini/modelscope", hub_id="org/net")
+    assert model.fingerprint == tiny_model(tmp_path / "again", torch.float32).fingerprint
+    assert "org/net" in VaderLoadVideoModel.INPUT_TYPES()["required"]["checkpoint"][0]
+
+
+@pytest.mark.usefixtures("address")
+def test_an_unknown_repository_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"org/other cannot be downloaded .* put its files into"):
+        hub.download("org/other", tmp_path / "other")
+
+
+def test_without_network_the_message_says_where_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(InputError, match=r"org/net cannot be downloaded .* put its files into"):
+        hub.download("org/net", tmp_path / "net")
+
+
+@pytest.mark.parametrize("name", ["net", "../net", "org/net/more", "org/..", "https://host/org/net"])
+def test_what_is_no_repository_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="organisation/name"):
+        hub.download(name, tmp_path)
