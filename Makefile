@@ -4,10 +4,11 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN = $(VENV)/bin
 READY = $(VENV)/.installed
+FIXTURES ?= tests/fixtures
 TORCH = $(shell grep '^torch==' constraints.txt)
 CHECKED = vader_backend nodes tools tests
 
-.PHONY: demo mini workflows locales screenshots test test-full test-comfyui lint clean
+.PHONY: demo mini parity workflows locales screenshots test test-full test-comfyui lint clean
 
 demo: $(READY)
 	$(BIN)/python -m vader_nodes run workflows/api/demo.json
@@ -23,6 +24,9 @@ test-full: lint
 
 test-comfyui: $(READY)
 	$(BIN)/python -m pytest tests/comfyui -rs
+
+parity: $(READY)
+	$(BIN)/python -m vader_nodes.tools.parity $(FIXTURES)
 
 workflows: $(READY)
 	$(BIN)/python -m vader_nodes.tools.workflows

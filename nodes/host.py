@@ -286,9 +286,9 @@ def files(category: str, suffixes: Iterable[str] = WEIGHTS) -> list[str]:
 
 
 def checkpoints(category: str, marker: str) -> list[str]:
-    """The names of a category's folders, at most two deep, that hold a file named `marker`."""
+    """The names of a category's folders, at most two deep, that hold a file `marker`."""
     found = {
-        path.parent.relative_to(folder).as_posix()
+        path.parents[marker.count("/")].relative_to(folder).as_posix()
         for folder in current().folders(category)
         for pattern in (f"*/{marker}", f"*/*/{marker}")
         for path in folder.glob(pattern)

@@ -12,11 +12,14 @@ from ..vader_backend.mini import files
 from ..vader_backend.models.base import VideoModel
 from . import host, schema
 
-_MARKER = "model_index.json"
+_MARKERS = ("model_index.json", "transformer/config.json")  # diffusers' folders, and Open-Sora's
+_PATHS = ("folder", "tokenizer", "vae", "text_encoder", "image_encoder")
 
 
 class VaderLoadVideoModel:
-    DESCRIPTION = "Loads a video diffusion model: the embedded mini model, or a checkpoint in models/diffusers."
+    DESCRIPTION = (
+        "Loads a video diffusion model: the embedded mini model, a checkpoint in models/diffusers, or one from the hub."
+    )
     CATEGORY = schema.CATEGORY
     SEARCH_ALIASES = ("load video model", "video diffusion checkpoint", "text-to-video", "modelscope")
     FUNCTION = "load"
@@ -51,8 +54,8 @@ class VaderLoadVideoModel:
 
 def choices() -> list[str]:
     """The embedded checkpoints, then the folders of models/diffusers that a family recognises."""
-    embedded = [f"{files.PREFIX}{path.parent.name}" for path in sorted(files.ROOT.glob(f"*/{_MARKER}"))]
-    found = host.checkpoints("diffusers", _MARKER)
+    embedded = [f"{files.PREFIX}{path.parent.name}" for path in sorted(files.ROOT.glob(f"*/{_MARKERS[0]}"))]
+    found = sorted({name for marker in _MARKERS for name in host.checkpoints("diffusers", marker)})
     return [*embedded, *(name for name in found if _families(host.resolve("diffusers", name)))]
 
 
@@ -88,7 +91,7 @@ def family(folder: Path) -> ModuleType:
     if not found:
         raise InputError(
             f"The checkpoint {folder.name} is of no known family ({', '.join(registry.names('models'))}); "
-            f"choose a folder whose {_MARKER} names one of them."
+            f"choose a folder whose {_MARKERS[0]} names one of them."
         )
     return found[0]
 
@@ -99,8 +102,8 @@ def _families(folder: Path) -> list[ModuleType]:
 
 
 def _settings() -> dict[str, schema.Input]:
-    """The settings of all families but the folder, which the checkpoint's name stands for."""
+    """The settings of all families but paths: the checkpoint's name stands for them."""
     merged: dict[str, schema.Input] = {}
     for name in registry.names("models"):
         merged = {**schema.inputs(registry.load("models", name).Config), **merged}
-    return {name: entry for name, entry in merged.items() if name != "folder"}
+    return {name: entry for name, entry in merged.items() if name not in _PATHS}

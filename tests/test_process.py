@@ -65,7 +65,7 @@ def test_chain_equals_ddim(spacing: str, prediction: str, zero_snr: bool, to_one
     for i, t in enumerate(scheduler.timesteps):
         output, noise = draw(1, i), draw(2, i)
         theirs = scheduler.step(output, t, theirs, eta=eta, variance_noise=noise if eta else None).prev_sample
-        ours = step(process, schedule, i, ours, output, eta, noise)
+        ours, _ = step(process, schedule, i, ours, output, eta, noise)
         torch.testing.assert_close(ours, theirs, **CLOSE, msg=f"step {i}")
 
 
@@ -82,9 +82,10 @@ def test_linspace_step_equals_ddim(prediction: str, zero_snr: bool, eta: float) 
         power = [float(process.alphas_cumprod[t]), 1.0]
         if t >= 1000 // steps:
             power[1] = float(process.alphas_cumprod[t - 1000 // steps])
-        single = Schedule((float(t),), tuple(p**0.5 for p in power), tuple((1 - p) ** 0.5 for p in power))
+        alpha, sigma = tuple(p**0.5 for p in power), tuple((1 - p) ** 0.5 for p in power)
+        single = Schedule((float(t),), alpha, sigma, stochastic=True)
         z, output, noise = draw(0, i), draw(1, i), draw(2, i)
-        ours = step(process, single, 0, z, output, eta, noise)
+        ours, _ = step(process, single, 0, z, output, eta, noise)
         theirs = scheduler.step(output, t, z, eta=eta, variance_noise=noise if eta else None)
         torch.testing.assert_close(ours, theirs.prev_sample, **CLOSE)
         x0 = process.split(z, output, single.alpha[0], single.sigma[0])[0]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FOLDER = workflows.ROOT / "docs" / "images"
 _RUN_SECONDS = 1800
-_MIDDLE = {"x": 590, "y": 45, "width": 420, "height": 640}
+_MIDDLE: Any = {"x": 590, "y": 45, "width": 420, "height": 640}
 _LOOK = """([name, scale, share]) => {
     const node = app.graph.nodes.find((node) => node.comfyClass === name);
     const [x, y] = [node.pos[0] + node.size[0] / 2, node.pos[1] + node.size[1] * share];

@@ -51,6 +51,15 @@ def initial_noise(model: VideoModel, video: VideoSpec, keys: Sequence[tuple[int 
     return torch.cat([torch.randn(shape, generator=generator(*key)) for key in keys]).to(model.device)
 
 
+def guidance_scale(model: VideoModel, guidance: float, video: VideoSpec) -> float | Tensor:
+    """The given scale, or the model's own for 0; where the model's rises over the frames, [1, 1, T, 1, 1]."""
+    last, first = guidance or model.defaults.guidance, model.defaults.first_guidance
+    if first is None:
+        return last
+    frames = model.latent_shape(video, 1)[2]
+    return torch.linspace(min(first, last), last, frames, device=model.device).view(1, 1, -1, 1, 1)
+
+
 @torch.no_grad()
 def generate(
     model: VideoModel,
@@ -99,7 +108,7 @@ def generate(
         start_noise = initial_noise(model, spec, [(config.seed, "sample", r, "start") for r in rows])
         rollout = sample(
             model, start_noise, cond, schedule, GradPlan.none(len(schedule)),
-            guidance=config.guidance or model.defaults.guidance, eta=config.eta, noise=noise, on_step=report,
+            guidance=guidance_scale(model, config.guidance, spec), eta=config.eta, noise=noise, on_step=report,
         )  # fmt: skip
         videos.append(model.decode(rollout.latents, range(spec.frames)).cpu())
     return torch.cat(videos)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from .config import InputError
 
@@ -73,3 +76,62 @@ def load_frozen(cls: Any, folder: Path, dtype: torch.dtype, what: str) -> Any:
         if missing or info.get("mismatched_keys"):
             raise ValueError(f"{len(missing)} weights are missing or misshapen: {missing[:1]}")
     return model.eval().requires_grad_(False)
+
+
+def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
+    """Every tensor of a published checkpoint file, mapped from disk rather than copied.
+
+    Args:
+        path: a .safetensors file, or a pickled original (.ckpt, .pt, .pth), which is read with weights_only=True.
+
+    Raises:
+        InputError: the file is missing, truncated, of another kind than its name says, or holds no tensors.
+    """
+    if not path.is_file():
+        raise InputError(f"The {what} is missing: there is no file {path}. Download it again.")
+    try:
+        content = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise checkpoint_error(what, path, error) from error
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise InputError(f"The {what} in {path} holds no tensors; choose another checkpoint.")
+    return tensors
+
+
+def _safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+
+def _pickled(path: Path) -> dict[str, Any]:
+    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    for wrapper in ("state_dict", "module", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    return content if isinstance(content, dict) else {}
+
+
+def build_frozen(
+    make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str, source: Path
+) -> Any:
+    """A network around tensors that are there already: built without weights, so that they are held only once.
+
+    Args:
+        make: makes the network; its parameters take no memory while it does.
+        tensors: under the network's own names, nothing missing and nothing left over.
+
+    Raises:
+        InputError: a tensor is missing, left over or of another shape.
+    """
+    with init_empty_weights(include_buffers=False):
+        module = make()
+    wanted = module.state_dict()
+    lacking, strange = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    misshapen = sorted(key for key in wanted.keys() & tensors.keys() if wanted[key].shape != tensors[key].shape)
+    for problem, keys in (("missing", lacking), ("unknown", strange), ("of another shape", misshapen)):
+        if keys:
+            raise checkpoint_error(what, source, f"{len(keys)} weights are {problem}, such as {keys[0]}")
+    own = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
+    module.load_state_dict(own, assign=True)
+    return module.eval().requires_grad_(False)

@@ -1,7 +1,8 @@
 """LoRA on the denoiser: attach, take out, save, load, apply.
 
 A LoRA file holds `<prefix><module>.lora_A.weight` and `.lora_B.weight`, with alpha / rank already
-multiplied into B. Readers that assume alpha = rank, or know no alpha, then all agree.
+multiplied into B. Readers that assume alpha = rank, or know no alpha, then all agree. How prefix
+and module are spelled, and what else is read, stands in `lora_formats`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 
 from .checkpoint import atomic_path
 from .config import InputError, option
+from .lora_formats import Layout, by_module, file_key, holds_lora
 from .models.base import VideoModel
 
 _ADAPTER = "vader"
-_PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "unet.")
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def load_lora(path: Path) -> LoraWeights:
             metadata = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise InputError(f"The LoRA {path.name} is missing or not whole ({error}); get it again.") from error
-    if not any(key.endswith(".lora_A.weight") for key in tensors):
-        raise InputError(f"{path.name} holds no LoRA weights (no key ends in .lora_A.weight); choose another file.")
+    if not holds_lora(tensors):
+        raise InputError(f"{path.name} holds no LoRA weights (such as a key ending in .lora_A.weight); choose another.")
     return LoraWeights(tensors, metadata)
 
 
@@ -132,10 +133,20 @@ def applied(model: VideoModel, weights: LoraWeights | None, strength: float = 1.
         yield
 
 
-def export(model: VideoModel, parameters: dict[str, Tensor], scale: float, metadata: dict[str, str]) -> LoraWeights:
-    """Trained parameters as a LoRA file's content; `scale` = alpha / rank goes into B."""
+def export(
+    model: VideoModel,
+    parameters: dict[str, Tensor],
+    scale: float,
+    metadata: dict[str, str],
+    layout: Layout = "comfyui",
+) -> LoraWeights:
+    """Trained parameters as a LoRA file's content; `scale` = alpha / rank goes into B.
+
+    Args:
+        layout: "comfyui" is what core ComfyUI loads, where it has the family; "diffusers" what diffusers loads.
+    """
     tensors = {
-        model.lora_prefix + name: (value.detach() * scale if ".lora_B." in name else value.detach())
+        file_key(model, name, layout): (value.detach() * scale if ".lora_B." in name else value.detach())
         .float()
         .cpu()
         .clone()
@@ -176,27 +187,7 @@ def _parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
 
 def _by_module(model: VideoModel, weights: LoraWeights) -> dict[str, Tensor]:
     """The weights under the denoiser's own module names."""
-    modules = {name: module for name, module in model.denoiser.named_modules() if hasattr(module, "weight")}
-    result: dict[str, Tensor] = {}
-    for key, tensor in weights.items():
-        name = key
-        for prefix in (*_PREFIXES, model.lora_prefix):
-            name = name.removeprefix(prefix)
-        module, _, kind = name.rpartition(".lora_")
-        if module not in modules or not _fits(modules[module].weight, kind, tensor):
-            made_for = weights.metadata.get("base_model", "another base model")
-            raise InputError(
-                f"This LoRA does not fit {model.name}: it has {key} of shape {list(tensor.shape)}. It was made for "
-                f"{made_for}; load that model, or choose another LoRA."
-            )
-        result[name] = tensor
-    return result
-
-
-def _fits(base: Tensor, kind: str, tensor: Tensor) -> bool:
-    if kind == "A.weight":
-        return tensor.shape[1] == base.shape[1]
-    return kind == "B.weight" and tensor.shape[0] == base.shape[0]
+    return by_module(model, weights, weights.metadata.get("base_model", "another base model"))
 
 
 def _config_for(tensors: dict[str, Tensor]) -> peft.LoraConfig:

@@ -5,6 +5,7 @@ Source: VADER, Algorithm 1 and section 4; AlignProp (Prabhudesai et al. 2023) fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -93,18 +94,50 @@ def guided_prediction(model: Denoiser, z: Tensor, t: float, cond: Conditioning, 
 
 
 def step(
-    process: Process, schedule: Schedule, i: int, z: Tensor, prediction: Tensor, eta: float, noise: Tensor | None
-) -> Tensor:
-    """The DDIM step (Song et al. 2020, eq. 12) from entry i of the schedule to entry i + 1."""
+    process: Process,
+    schedule: Schedule,
+    i: int,
+    z: Tensor,
+    prediction: Tensor,
+    eta: float,
+    noise: Tensor | None,
+    history: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """From entry i of the schedule to entry i + 1: the next latent, and the clean latent seen from here.
+
+    Sources: DDIM (Song et al. 2020, eq. 12); DPM-Solver++(2M) (Lu et al. 2022, algorithm 2).
+
+    Args:
+        history: the clean latent of the step before, for a solver of second order.
+    """
     x0, direction = process.split(z, prediction, schedule.alpha[i], schedule.sigma[i])
+    if schedule.solver == "dpm++2m" and schedule.fresh_noise(i, eta) == 0:
+        return _second_order(schedule, i, z, x0, history), x0
     fresh = schedule.fresh_noise(i, eta)
     kept = max(schedule.sigma[i + 1] ** 2 - fresh**2, 0.0) ** 0.5
     z = schedule.alpha[i + 1] * x0 + kept * direction
     if fresh == 0:
-        return z
+        return z, x0
     if noise is None:
         raise ValueError("eta above 0 needs a noise source")
-    return z + fresh * noise
+    return z + fresh * noise, x0
+
+
+def _second_order(schedule: Schedule, i: int, z: Tensor, x0: Tensor, history: Tensor | None) -> Tensor:
+    """DPM-Solver++(2M); the first step, and the last one to a latent without noise, are of first order."""
+    alpha, sigma = schedule.alpha, schedule.sigma
+    if sigma[i + 1] == 0:
+        return alpha[i + 1] * x0
+    width = _log_snr(schedule, i + 1) - _log_snr(schedule, i)
+    data = x0
+    if history is not None:
+        ratio = (_log_snr(schedule, i) - _log_snr(schedule, i - 1)) / width
+        data = x0 + (x0 - history) / (2 * ratio)
+    return sigma[i + 1] / sigma[i] * z - alpha[i + 1] * math.expm1(-width) * data
+
+
+def _log_snr(schedule: Schedule, i: int) -> float:
+    return math.log(schedule.alpha[i] / schedule.sigma[i]) if schedule.alpha[i] else -math.inf
 
 
 def sample(
@@ -131,11 +164,13 @@ def sample(
     """
     if len(plan.steps) != len(schedule):
         raise ValueError(f"the plan has {len(plan.steps)} steps, the schedule {len(schedule)}")
+    x0, z = None, schedule.start * z
     for i, differentiate in enumerate(plan.steps):
         seen = z.detach() if plan.stop_input or not differentiate else z
         with torch.set_grad_enabled(differentiate):
-            prediction = guided_prediction(model, seen, schedule.timesteps[i], cond, guidance)
-        z = step(model.process, schedule, i, z, prediction, eta, noise(i) if noise and eta else None)
+            scaled = model.process.scale_input(seen, schedule.alpha[i], schedule.sigma[i])
+            prediction = guided_prediction(model, scaled, schedule.timesteps[i], cond, guidance)
+        z, x0 = step(model.process, schedule, i, z, prediction, eta, noise(i) if noise and eta else None, x0)
         if on_step is not None:
             on_step(i, z)
     return Rollout(z)

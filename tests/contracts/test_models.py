@@ -1,4 +1,4 @@
-"""Every family, on its embedded checkpoint: shapes, ranges, partial decoding, gradients."""
+"""Every family that has an embedded checkpoint: shapes, ranges, partial decoding, gradients."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import pytest
 import torch
 from vader_nodes.vader_backend import registry
 from vader_nodes.vader_backend.config import InputError
-from vader_nodes.vader_backend.mini.files import weights
+from vader_nodes.vader_backend.mini.files import ROOT, weights
 from vader_nodes.vader_backend.mini.world import SEEN_SCENES, random_look, render
 from vader_nodes.vader_backend.models.base import VideoModel
 from vader_nodes.vader_backend.types import VideoSpec
 
+EMBEDDED = [name for name in registry.names("models") if (ROOT / name).is_dir()]
 
-@pytest.fixture(scope="module", params=registry.names("models"))
+
+@pytest.fixture(scope="module", params=EMBEDDED)
 def model(request: pytest.FixtureRequest) -> VideoModel:
     module = registry.load("models", request.param)
     folder = weights(request.param)

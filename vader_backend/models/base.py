@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,21 +15,37 @@ from ..types import Conditioning, VideoSpec
 
 @dataclass(frozen=True)
 class Defaults:
-    """The published settings of a family, offered wherever a setting is left at 0 or "auto"."""
+    """The published settings of a family, offered wherever a setting is left at 0 or "auto".
+
+    first_guidance: the guidance of the first frame where it rises linearly to `guidance` at the last one.
+    """
 
     video: VideoSpec
     steps: int
     guidance: float
+    first_guidance: float | None = None
     k: int = 1
     rank: int = 16
     learning_rate: float = 2e-4
+
+
+@dataclass(frozen=True)
+class LoraNames:
+    """How other programs name the denoiser's modules in LoRA files.
+
+    comfy: a module's name -> its name in ComfyUI's network; None where core ComfyUI has no such family.
+    original: a name in the first implementation, without prefix -> the module's name; any other stays as it is.
+    """
+
+    comfy: Callable[[str], str] | None = None
+    original: Callable[[str], str] | None = None
 
 
 class VideoModel(Protocol):
     """A text- or image-to-video diffusion model.
 
     name: how users know it. fingerprint: hash of the denoiser's weights (see `loading.fingerprint`).
-    lora_prefix: what stands before a module name in a LoRA file of this family.
+    lora_prefix: what stands before a module name in diffusers' LoRA files of this family.
     """
 
     name: str
@@ -39,6 +55,7 @@ class VideoModel(Protocol):
     blocks: Sequence[nn.Module]
     lora_targets: Sequence[str]
     lora_prefix: str
+    lora_names: LoraNames
     defaults: Defaults
 
     @property

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
@@ -17,9 +18,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..config import InputError, check, option
 from ..loading import DTYPES, fingerprint, load_frozen, reading
-from ..process import Process, VariancePreserving
+from ..process import Process, Solver, VariancePreserving
 from ..types import Conditioning, VideoSpec
-from .base import Defaults
+from .base import Defaults, LoraNames
 
 _PUBLISHED = Defaults(VideoSpec(frames=16, height=384, width=384), steps=25, guidance=9.0)
 _MINI = Defaults(VideoSpec(frames=8, height=64, width=64), steps=20, guidance=2.5, rank=8, learning_rate=1e-3)
@@ -27,13 +28,21 @@ _MINI = Defaults(VideoSpec(frames=8, height=64, width=64), steps=20, guidance=2.
 
 @dataclass(frozen=True)
 class Config:
-    """folder: the checkpoint's folder, the one that holds model_index.json."""
+    """folder: the checkpoint's folder, the one that holds model_index.json.
+
+    sampler: "ddim", or "dpm++2m", with which the VADER paper's code trained and sampled this model.
+    """
 
     folder: str = option("", "Folder of the checkpoint, the one that holds model_index.json.")
     dtype: str = option(
         "float32",
         "Precision in which the frozen weights are held. LoRA weights are always float32.",
         choices=tuple(DTYPES),
+    )
+    sampler: str = option(
+        "ddim",
+        "How ModelScope denoises: DDIM, or DPM-Solver++ of second order, as in the published VADER code.",
+        choices=get_args(Solver),
     )
 
 
@@ -64,7 +73,7 @@ def build(config: Config) -> ModelScope:
         vae=load_frozen(AutoencoderKL, folder / "vae", dtype, "autoencoder"),
         text_encoder=load_frozen(CLIPTextModel, folder / "text_encoder", dtype, "text encoder"),
         tokenizer=tokenizer,
-        process=VariancePreserving.from_config(scheduler),
+        process=VariancePreserving.from_config(scheduler, cast(Solver, config.sampler)),
     )
 
 
@@ -73,6 +82,7 @@ class ModelScope:
 
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefix = "unet."
+    lora_names = LoraNames()
 
     def __init__(
         self,

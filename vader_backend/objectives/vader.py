@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..config import InputError, check, option
-from ..generate import initial_noise
+from ..generate import guidance_scale, initial_noise
 from ..models.base import VideoModel
 from ..rewards.base import Reward
 from ..rng import generator
@@ -129,7 +129,7 @@ class Vader:
     def __post_init__(self) -> None:
         steps = self.config.sampling_steps or self.model.defaults.steps
         self.schedule = self.model.process.schedule(steps, self.video)
-        self.guidance = self.config.guidance or self.model.defaults.guidance
+        self.guidance = guidance_scale(self.model, self.config.guidance, self.video)
         self.validation_prompts = (self.held_out or self.prompts)[: self.validation_count]
         every = list(dict.fromkeys((*self.prompts, *self.validation_prompts)))
         self._rows = {prompt: row for row, prompt in enumerate(every)}

@@ -1,0 +1,218 @@
+"""LoRA files of other programs give the weights that they stand for; ours are written as others read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
+from safetensors.torch import save_file
+from tiny import VIDEO, tiny_model
+from tiny_flow import original_shapes
+from torch import Tensor, nn
+from vader_nodes.vader_backend.config import InputError
+from vader_nodes.vader_backend.lora import LoraConfig, applied, attached, export, load_lora
+from vader_nodes.vader_backend.lora_formats import by_module
+from vader_nodes.vader_backend.models._ltx_keys import comfy_module as ltx_module
+from vader_nodes.vader_backend.models._wan_keys import comfy_module as wan_module
+from vader_nodes.vader_backend.models._wan_keys import transformer_config
+from vader_nodes.vader_backend.models.base import LoraNames
+from vader_nodes.vader_backend.models.modelscope import ModelScope
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass
+class Holder:
+    """The parts of a VideoModel that LoRA files meet."""
+
+    denoiser: nn.Module
+    lora_names: LoraNames = field(default_factory=LoraNames)
+    name: str = "holder"
+    lora_prefix: str = "transformer."
+
+
+def tiny_wan() -> Any:
+    torch.manual_seed(0)
+    network = WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2,
+        image_dim=8, added_kv_proj_dim=24, rope_max_seq_len=32,
+    )  # fmt: skip
+    return Holder(network, LoraNames(comfy=wan_module))
+
+
+def targets(network: nn.Module) -> list[str]:
+    return [name for name, _ in network.named_modules() if name.endswith(TARGETS)]
+
+
+def lora_of(network: nn.Module, rank: int = 3) -> dict[str, Tensor]:
+    """Random halves for every target, under the module's own name."""
+    rng, result = torch.Generator().manual_seed(2), {}
+    for name in targets(network):
+        weight = network.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        result[f"{name}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=rng)
+        result[f"{name}.lora_B.weight"] = torch.randn(weight.shape[0], rank, generator=rng)
+    return result
+
+
+def kohya(name: str) -> str:
+    module, _, side = name.rpartition(".lora_")
+    rest = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[side]
+    return f"lora_unet_{wan_module(module).replace('.', '_')}.{rest}"
+
+
+def native(name: str) -> str:
+    module, _, rest = name.rpartition(".lora_")
+    return f"{wan_module(module)}.lora_{rest}"
+
+
+SPELLINGS: dict[str, Callable[[str], str]] = {
+    "ours": lambda name: name,
+    "diffusers": lambda name: f"transformer.{name}",
+    "peft": lambda name: f"base_model.model.{name}",
+    "peft within diffusers": lambda name: f"transformer.base_model.model.{name}",
+    "peft with adapter name": lambda name: f"base_model.model.{name.replace('.weight', '.default.weight')}",
+    "comfyui": lambda name: f"diffusion_model.{native(name)}",
+    "bare native names": native,
+    "kohya": kohya,
+    "kohya with diffusers names": lambda name: "lora_unet_" + name.rpartition(".lora_")[0].replace(".", "_")
+    + {"A.weight": ".lora_down.weight", "B.weight": ".lora_up.weight"}[name.rpartition(".lora_")[2]],
+    "old diffusers": lambda name: "unet." + name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_every_spelling_is_read(spelling: str) -> None:
+    model = tiny_wan()
+    expected = lora_of(model.denoiser)
+    found = by_module(model, {SPELLINGS[spelling](name): t for name, t in expected.items()}, "")
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("spelling", ["comfyui", "kohya"])
+def test_alpha_is_folded(spelling: str) -> None:
+    model, spell = tiny_wan(), SPELLINGS[spelling]
+    plain = lora_of(model.denoiser)
+    modules = {spell(name).partition(".lora_")[0] for name in plain}
+    alphas = {f"{module}.alpha": torch.tensor(6.0) for module in modules}
+    found = by_module(model, {**{spell(n): t.half() for n, t in plain.items()}, **alphas}, "")
+    for name, tensor in plain.items():
+        expected = tensor.half().float() * (2 if ".lora_B." in name else 1)
+        assert torch.equal(found[name].float(), expected)
+
+
+def test_names_of_the_first_implementation_are_read() -> None:
+    def original(name: str) -> str:
+        return name.replace("middle_block.1", "blocks.0").replace(".qkv.", ".attn1.")
+
+    model = tiny_wan()
+    model.lora_names = LoraNames(original=original)
+    down = "blocks.0.attn1.to_q.lora_A.weight"
+    expected = {k: t for k, t in lora_of(model.denoiser).items() if k.startswith("blocks.0.attn1.to_q.")}
+    published = {
+        "base_model.model.model.diffusion_model.middle_block.1.qkv.to_q" + k.removeprefix("blocks.0.attn1.to_q"): t
+        for k, t in expected.items()
+    }
+    found = by_module(model, published, "")
+    assert set(found) == set(expected)
+    assert torch.equal(found[down], expected[down])
+
+
+def refusal(tensors: Mapping[str, Tensor]) -> str:
+    with pytest.raises(InputError) as caught:
+        by_module(tiny_wan(), tensors, "another base model")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_does_not_fit_is_told_in_a_sentence() -> None:
+    lora = lora_of(tiny_wan().denoiser)
+    down, up = list(lora)[:2]
+    module = down.partition(".lora_")[0]
+    assert "not a plain LoRA" in refusal({f"{module}.hada_w1_a": lora[down]}).replace("part of ", "")
+    assert "plain LoRA" in refusal({**lora, f"{module}.dora_scale": lora[down]})
+    assert "text encoder" in refusal({**lora, "lora_te_text_model_encoder_layers_0_q.lora_down.weight": lora[down]})
+    assert "another base model" in refusal({"blocks.9.attn1.to_q.lora_A.weight": lora[down]})
+    assert "another base model" in refusal({**lora, down: torch.zeros(3, 7)})
+    assert "another base model" in refusal({**lora, down: torch.zeros(3)})
+    assert "not whole" in refusal({down: lora[down]})
+    assert "not whole" in refusal({f"{module}.alpha": torch.tensor(1.0)})
+    assert "not whole" in refusal({down: lora[down], up: torch.zeros(len(lora[up]), 5)})
+
+
+def test_a_kohya_file_acts_as_its_weights_say(tmp_path: Path) -> None:
+    """On a model that runs: the file's update, alpha / rank and all, is what the layers add."""
+    model = tiny_model(tmp_path, torch.float32)
+    lora = lora_of(model.denoiser)
+    name = next(iter(lora)).partition(".lora_")[0]
+    flat = f"lora_unet_{name.replace('.', '_')}"
+    down, up = lora[f"{name}.lora_A.weight"], lora[f"{name}.lora_B.weight"]
+    save_file(
+        {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up, f"{flat}.alpha": torch.tensor(1.5)},
+        tmp_path / "kohya.safetensors",
+    )
+    z, cond = torch.randn(1, 4, 3, 4, 4), model.encode(["x"], VIDEO).positive
+    with torch.no_grad(), applied(model, load_lora(tmp_path / "kohya.safetensors"), 0.5):
+        found = model.predict(z, 500, dict(cond))
+    weight = model.denoiser.get_submodule(name).weight
+    assert isinstance(weight, Tensor)
+    with torch.no_grad():
+        base = model.predict(z, 500, dict(cond))
+        weight += 0.5 * 1.5 / 3 * up @ down
+        expected = model.predict(z, 500, dict(cond))
+    assert (expected - base).abs().max() > 1e-3
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("item", ["wan2.1 t2v 1.3B", "wan2.1 i2v 14B", "wan2.2 ti2v 5B"])
+def test_exported_names_are_those_of_comfyuis_wan(item: str) -> None:
+    shapes = original_shapes(item)
+    with torch.device("meta"):
+        network = WanTransformer3DModel(**transformer_config({key: tuple(shape) for key, shape in shapes.items()}))
+    assert_comfy(Holder(network, LoraNames(comfy=wan_module)), shapes)
+
+
+def test_exported_names_are_those_of_comfyuis_ltx() -> None:
+    with torch.device("meta"):
+        network = LTXVideoTransformer3DModel()
+    assert_comfy(Holder(network, LoraNames(comfy=ltx_module)), original_shapes("ltx 2B"))
+
+
+def assert_comfy(model: Any, shapes: dict[str, list[int]]) -> None:
+    """Every exported key names a weight of ComfyUI's network, of the shape that the LoRA was made for."""
+    names = targets(model.denoiser)
+    halves = {f"{name}.lora_{side}.weight": torch.zeros(1, 1) for name in names for side in "AB"}
+    found = export(model, halves, 1.0, {})
+    modules = {key.removeprefix("diffusion_model.").partition(".lora_")[0] for key in found}
+    assert len(names) == len(modules) == 8 * len({name.split(".")[1] for name in names})
+    linear = {name: module for name, module in model.denoiser.named_modules() if isinstance(module, nn.Linear)}
+    assert set(names) <= set(linear)
+    for name, module in linear.items():
+        assert shapes[f"{model.lora_names.comfy(name)}.weight"] == list(module.weight.shape)
+
+
+@pytest.mark.parametrize("layout", ["comfyui", "diffusers"])
+def test_what_is_exported_is_read_back(layout: str) -> None:
+    model = tiny_wan()
+    expected = lora_of(model.denoiser)
+    weights = export(model, expected, 1.0, {}, layout=layout)
+    start = {"comfyui": "diffusion_model.blocks.0.self_attn.q.", "diffusers": "transformer.blocks.0.attn1.to_q."}
+    assert next(iter(weights)).startswith(start[layout])
+    found = by_module(model, weights, "")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_family_that_comfyui_lacks_keeps_diffusers_layout(tmp_path: Path) -> None:
+    model: ModelScope = tiny_model(tmp_path, torch.float32)
+    with attached(model, LoraConfig(rank=2), seed=0) as parameters:
+        keys = {layout: set(export(model, dict(parameters), 1.0, {}, layout)) for layout in ("comfyui", "diffusers")}
+        with pytest.raises(InputError, match="layout"):
+            export(model, dict(parameters), 1.0, {}, "kohya")
+    assert keys["comfyui"] == keys["diffusers"]
+    assert all(key.startswith("unet.") for key in keys["comfyui"])

@@ -1,0 +1,1 @@
+"""Compares our loaders and forward passes with tensors that the original implementations computed."""
