@@ -23,12 +23,16 @@ _MIN_TRAVEL = 7.0  # pixels between the first two and the last two frames
 
 @dataclass(frozen=True)
 class Reading:
-    """What one video shows; None where nothing could be made out."""
+    """What one video shows; None where nothing could be made out.
+
+    strength: how much of its pure colour the shape has, about 0.3 (pale, hazy) to 1; 0 where there is none.
+    """
 
     background: str | None
     color: str | None
     shape: str | None
     motion: str | None
+    strength: float = 0.0
 
 
 def read(video_BTCHW: Tensor) -> list[Reading]:
@@ -56,6 +60,11 @@ def correct(video_BTCHW: Tensor, scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor(rows)
 
 
+def strength(video_BTCHW: Tensor) -> Tensor:
+    """How strong the shapes' colours are, float32 [B]; see `Reading`."""
+    return torch.tensor([reading.strength for reading in read(video_BTCHW)])
+
+
 def _read_one(video_TCHW: Tensor) -> Reading:
     if video_TCHW.shape[-2:] != (SIZE, SIZE):
         video_TCHW = F.interpolate(video_TCHW, size=(SIZE, SIZE), mode="bilinear", antialias=True)
@@ -75,7 +84,8 @@ def _read_one(video_TCHW: Tensor) -> Reading:
     core = (difference > 0.75 * peak[:, None, None]).float()[found]
     color_TC = (video_TCHW[found] * core[:, None]).sum((2, 3)) / core.sum((1, 2)).clamp(min=1)[:, None]
     center = _centroids(mask[found])
-    return Reading(background, _color(color_TC.mean(0)), _shape(mask[found], center), _motion(center))
+    color = _color(color_TC.mean(0))
+    return Reading(background, color, _shape(mask[found], center), _motion(center), _strength(color_TC.mean(0), color))
 
 
 def _background(rgb: Tensor) -> str | None:
@@ -96,6 +106,13 @@ def _color(rgb: Tensor) -> str | None:
 
     best = max(COLORS, key=likeness)
     return best if likeness(best) > 0.85 else None
+
+
+def _strength(rgb: Tensor, color: str | None) -> float:
+    if color is None:
+        return 0.0
+    pure = torch.tensor(COLORS[color])
+    return float((rgb - rgb.mean()).norm() / (pure - pure.mean()).norm())
 
 
 def _centroids(mask_THW: Tensor) -> Tensor:
