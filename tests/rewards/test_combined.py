@@ -80,6 +80,13 @@ def test_a_part_of_weight_zero_is_reported_but_not_trained_on() -> None:
     assert set(both.parts(numbered(2), ["x"], [0, 1])) == {"learned", "watched"}
 
 
+def test_a_sum_inside_a_sum_is_reported_with_its_parts() -> None:
+    one, other, third = (FirstPixel(name, FrameSpec("all")) for name in ("one", "other", "third"))
+    parts = Combined([Combined([one, other], [1.0, 2.0]), third], [1.0, 1.0]).parts(numbered(2), ["x"], [0, 1])
+    assert set(parts) == {"one", "other", "combined", "third"}
+    torch.testing.assert_close(parts["combined"], parts["one"] + 2 * parts["other"])
+
+
 def test_nothing_to_train_on_is_refused() -> None:
     part = FirstPixel("part", FrameSpec("all"))
     with pytest.raises(InputError, match="zero"):
@@ -118,6 +125,17 @@ def rendered() -> tuple[list[Any], Tensor]:
     scenes = random_scenes(4, rng, ALL_SCENES)
     look: Look = random_look(4, rng, uniform=True)
     return scenes, render(scenes, look)
+
+
+def test_vividness_is_the_strength_of_the_colour() -> None:
+    module = load("rewards", "mini_vividness")
+    reward, rng = module.build(module.Config()), torch.Generator().manual_seed(1)
+    scenes, look = random_scenes(40, rng, ALL_SCENES), random_look(40, rng, uniform=True)
+    clip = render(scenes, look)
+    scores = reward(clip, [scene.caption for scene in scenes], list(range(clip.shape[1])))
+    assert float(torch.corrcoef(torch.stack([scores, look.quality]))[0, 1]) > 0.95
+    grey = clip.mean(2, keepdim=True).expand_as(clip)
+    assert not reward(grey, [scene.caption for scene in scenes], list(range(clip.shape[1]))).any()
 
 
 def test_oracle_agrees_with_renders_and_names_what_is_wrong() -> None:

@@ -160,9 +160,13 @@ class Combined:
         return total
 
     def parts(self, video_BTCHW: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> dict[str, Tensor]:
+        """Of a sum inside this one, its parts and the sum itself."""
         result: dict[str, Tensor] = {}
         for i, reward in enumerate(self.rewards):
-            result |= reward.parts(*self._share(i, video_BTCHW, prompts, indices))
+            share = self._share(i, video_BTCHW, prompts, indices)
+            result |= reward.parts(*share)
+            if isinstance(reward, Combined):
+                result[reward.name] = reward(*share)
         return result
 
     def _share(
