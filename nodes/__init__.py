@@ -27,7 +27,7 @@ _NAMED: dict[str, type[Any]] = {
     "Score Video": VaderScoreVideo,
     "Compare Videos": VaderCompareVideos,
     "Save LoRA": VaderSaveLoRA,
-    "Save Video": VaderSaveVideo,
+    "Save Videos": VaderSaveVideo,
 }
 
 NODE_CLASS_MAPPINGS: dict[str, type[Any]] = {node.__name__: node for node in _NAMED.values()}

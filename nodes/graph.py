@@ -28,7 +28,7 @@ def order(nodes: Mapping[str, Node], classes: Classes) -> list[Node]:
         raise InputError(f"These nodes wait for each other in a circle: {circle}; remove one of the links.") from None
     wanted = {key for key, node in nodes.items() if getattr(classes[node.class_type], "OUTPUT_NODE", False)}
     if not wanted:
-        raise InputError("The workflow has no output node, so nothing would run; add Save Video or Save LoRA.")
+        raise InputError("The workflow has no output node, so nothing would run; add Save Videos or Save LoRA.")
     for key in reversed(sequence):
         if key in wanted:
             wanted.update(needs[key])

@@ -37,7 +37,7 @@ class VaderLoadVideoModel:
         )
         return {
             "required": {"checkpoint": schema.combo(choices(), tooltip)},
-            "optional": {**_settings(), "hub_id": hub_id},
+            "optional": {"hub_id": hub_id, **_settings()},
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
@@ -102,8 +102,9 @@ def _families(folder: Path) -> list[ModuleType]:
 
 
 def _settings() -> dict[str, schema.Input]:
-    """The settings of all families but paths: the checkpoint's name stands for them."""
+    """The settings of all families, those of a single one folded away; no paths: the checkpoint's name tells them."""
     merged: dict[str, schema.Input] = {}
     for name in registry.names("models"):
-        merged = {**schema.inputs(registry.load("models", name).Config), **merged}
-    return {name: entry for name, entry in merged.items() if name not in _PATHS}
+        merged = {**merged, **schema.inputs(registry.load("models", name).Config, plain=("dtype",))}
+    wanted = sorted(merged.keys() - set(_PATHS), key=lambda name: ("advanced" in merged[name][1], name))
+    return {name: merged[name] for name in wanted}
