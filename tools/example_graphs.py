@@ -67,6 +67,8 @@ def _with_reward(graph: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _take(page: Page, name: str, graph: dict[str, Any]) -> None:
+    frontend.renew(page)
+    page.add_style_tag(content=_BARE)
     height = page.evaluate(_DRAW, [graph, name, _WIDTH])
     page.set_viewport_size({"width": _WIDTH, "height": height})
     page.wait_for_timeout(500)
@@ -77,7 +79,6 @@ def main() -> None:
     """Draw every picture anew."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with frontend.serving() as address, frontend.opened(address) as page:
-        page.add_style_tag(content=_BARE)
         for name, graph in examples().items():
             _take(page, name, graph)
             print((FOLDER / f"{name}.jpg").relative_to(workflows.ROOT))

@@ -151,6 +151,12 @@ def opened(address: str) -> Iterator[Page]:
             browser.close()
 
 
+def renew(page: Page) -> None:
+    """Start the front end anew: it keeps values of a graph's widgets by node id for the next graph."""
+    page.reload()
+    page.wait_for_function(_READY, timeout=120_000)
+
+
 def converted(page: Page, ui: dict[str, Any]) -> dict[str, Any]:
     """Open a UI-format workflow and return what the front end would post of it, in API format.
 

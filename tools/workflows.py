@@ -116,6 +116,7 @@ def _value(value: Any, nodes: dict[str, Any], ids: dict[str, str]) -> Any:
 def draw(page: Page, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The UI-format and the API-format file of a source."""
     source, api = read(path)
+    frontend.renew(page)
     numbers = {name: number for number, name in enumerate(source["nodes"], 1)}
     groups = [{**group, "nodes": [numbers[name] for name in group["nodes"]]} for group in source["groups"]]
     given = {"api": api, "groups": groups, "about": source["about"], "width": 380, "gap": 60, "room": _ROOM}

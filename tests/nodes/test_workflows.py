@@ -48,6 +48,14 @@ def test_the_api_file_says_what_the_source_says(name: str) -> None:
     for key, node in wanted.items():
         assert {**shipped[key], "inputs": {**shipped[key]["inputs"], **node["inputs"]}} == shipped[key]
         assert shipped[key]["class_type"] == node["class_type"]
+        declared = {
+            name: entry
+            for part in NODE_CLASS_MAPPINGS[node["class_type"]].INPUT_TYPES().values()
+            for name, entry in part.items()
+        }
+        for name, value in shipped[key]["inputs"].items():
+            if name not in node["inputs"]:
+                assert value == declared[name][1].get("default", declared[name][0][0]), f"{key}.{name}"
 
 
 @pytest.mark.parametrize("name", NAMES)
