@@ -67,7 +67,6 @@ def _with_reward(graph: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _take(page: Page, name: str, graph: dict[str, Any]) -> None:
-    frontend.renew(page)
     page.add_style_tag(content=_BARE)
     height = page.evaluate(_DRAW, [graph, name, _WIDTH])
     page.set_viewport_size({"width": _WIDTH, "height": height})
@@ -78,9 +77,10 @@ def _take(page: Page, name: str, graph: dict[str, Any]) -> None:
 def main() -> None:
     """Draw every picture anew."""
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with frontend.serving() as address, frontend.opened(address) as page:
+    with frontend.serving() as address:
         for name, graph in examples().items():
-            _take(page, name, graph)
+            with frontend.opened(address) as page:
+                _take(page, name, graph)
             print((FOLDER / f"{name}.jpg").relative_to(workflows.ROOT))
 
 

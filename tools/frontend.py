@@ -137,7 +137,10 @@ async def _socket(request: web.Request) -> web.WebSocketResponse:
 
 @contextmanager
 def opened(address: str) -> Iterator[Page]:
-    """A page on which the front end has started and knows our nodes."""
+    """A page on which the front end has started and knows our nodes.
+
+    Draw one graph on it: the front end keeps the values of a graph's widgets by node id for the next one.
+    """
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -149,12 +152,6 @@ def opened(address: str) -> Iterator[Page]:
             yield page
         finally:
             browser.close()
-
-
-def renew(page: Page) -> None:
-    """Start the front end anew: it keeps values of a graph's widgets by node id for the next graph."""
-    page.reload()
-    page.wait_for_function(_READY, timeout=120_000)
 
 
 def converted(page: Page, ui: dict[str, Any]) -> dict[str, Any]:

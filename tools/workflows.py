@@ -116,7 +116,6 @@ def _value(value: Any, nodes: dict[str, Any], ids: dict[str, str]) -> Any:
 def draw(page: Page, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The UI-format and the API-format file of a source."""
     source, api = read(path)
-    frontend.renew(page)
     numbers = {name: number for number, name in enumerate(source["nodes"], 1)}
     groups = [{**group, "nodes": [numbers[name] for name in group["nodes"]]} for group in source["groups"]]
     given = {"api": api, "groups": groups, "about": source["about"], "width": 380, "gap": 60, "room": _ROOM}
@@ -143,9 +142,10 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def main() -> None:
     """Write every workflow file anew."""
-    with frontend.serving() as address, frontend.opened(address) as page:
+    with frontend.serving() as address:
         for path in sources():
-            ui, api = draw(page, path)
+            with frontend.opened(address) as page:
+                ui, api = draw(page, path)
             write(FOLDER / f"{path.stem}.json", ui)
             write(FOLDER / "api" / f"{path.stem}.json", api)
             print(f"{path.stem}: {len(api)} nodes")
