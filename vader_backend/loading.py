@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,14 @@ def checkpoint_error(what: str, folder: Path, error: Any) -> InputError:
     return InputError(
         f"The {what} in {folder} cannot be read ({reason}). Download it again, or choose another checkpoint."
     )
+
+
+def names_pipeline(folder: Path, pipelines: Collection[str]) -> bool:
+    """Whether a folder's model_index.json names one of these diffusers pipelines."""
+    try:
+        return json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name") in pipelines
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def load_frozen(cls: Any, folder: Path, dtype: torch.dtype, what: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..config import InputError
 from ..process import Process
 from ..types import Conditioning, VideoSpec
 
@@ -102,3 +103,12 @@ class VideoModel(Protocol):
     def decode(self, z: Tensor, indices: Sequence[int]) -> Tensor:
         """Only these frames, [B, len(indices), 3, H, W] float32 in [0, 1], differentiable."""
         ...
+
+
+def check_size(model: str, video: VideoSpec, multiple: int) -> None:
+    """Raises InputError where height or width is no multiple of `multiple` pixels, or there is no frame."""
+    for name, value in (("height", video.height), ("width", video.width)):
+        if value < multiple or value % multiple:
+            raise InputError(f"{name} is {value}; {model} needs a multiple of {multiple}.")
+    if video.frames < 1:
+        raise InputError(f"frames is {video.frames}; it must be at least 1.")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, fingerprint, load_frozen, reading
+from ..loading import DTYPES, fingerprint, load_frozen, names_pipeline, reading
 from ..process import Flow, Process
 from ..types import Conditioning, VideoSpec
 from ._flow import dynamic_spacing
@@ -67,10 +67,7 @@ def matches(path: Path) -> bool:
     """Whether a folder's model_index.json names an LTX-Video pipeline, or a file holds its transformer."""
     if path.is_file():
         return is_ltx(shapes(path))
-    try:
-        return json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name") in _PIPELINES
-    except (OSError, ValueError, AttributeError):
-        return False
+    return names_pipeline(path, _PIPELINES)
 
 
 def build(config: Config) -> LTX:

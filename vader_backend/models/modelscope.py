@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, fingerprint, load_frozen, reading
+from ..loading import DTYPES, fingerprint, load_frozen, names_pipeline, reading
 from ..process import Process, Solver, VariancePreserving
 from ..types import Conditioning, VideoSpec
-from .base import Defaults, LoraNames
+from .base import Defaults, LoraNames, check_size
 
 _PUBLISHED = Defaults(VideoSpec(frames=16, height=384, width=384), steps=25, guidance=9.0)
 _MINI = Defaults(VideoSpec(frames=8, height=64, width=64), steps=20, guidance=2.5, rank=8, learning_rate=1e-3)
@@ -48,11 +48,7 @@ class Config:
 
 def matches(folder: Path) -> bool:
     """Whether a folder's model_index.json names this family's pipeline."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return index.get("_class_name") in ("TextToVideoSDPipeline", "VideoToVideoSDPipeline")
+    return names_pipeline(folder, ("TextToVideoSDPipeline", "VideoToVideoSDPipeline"))
 
 
 def build(config: Config) -> ModelScope:
@@ -113,11 +109,7 @@ class ModelScope:
 
     def check(self, video: VideoSpec) -> None:
         multiple = self.scale * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
-        for name, value in (("height", video.height), ("width", video.width)):
-            if value < multiple or value % multiple:
-                raise InputError(f"{name} is {value}; {self.name} needs a multiple of {multiple}.")
-        if video.frames < 1:
-            raise InputError(f"frames is {video.frames}; it must be at least 1.")
+        check_size(self.name, video, multiple)
 
     def latent_shape(self, video: VideoSpec, batch: int) -> torch.Size:
         channels = self.denoiser.config.in_channels

@@ -20,13 +20,13 @@ from torch.nn import functional
 from transformers import CLIPVisionModelWithProjection
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, fingerprint, load_frozen, reading
+from ..loading import DTYPES, fingerprint, load_frozen, names_pipeline, reading
 from ..process import EDM, Process
 from ..types import Conditioning, VideoSpec
 from . import _svd_keys as keys
 from ._single_file import shapes
 from ._svd_original import networks
-from .base import Defaults, LoraNames
+from .base import Defaults, LoraNames, check_size
 
 _SCHEDULER = {
     "prediction_type": "v_prediction",
@@ -65,11 +65,7 @@ def matches(path: Path) -> bool:
     """Whether a folder's model_index.json names this family's pipeline, or a file has the original layout."""
     if path.is_file():
         return _is_original(path)
-    try:
-        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(index, dict) and index.get("_class_name") == "StableVideoDiffusionPipeline"
+    return names_pipeline(path, ("StableVideoDiffusionPipeline",))
 
 
 def _is_original(path: Path) -> bool:
@@ -197,11 +193,7 @@ class StableVideoDiffusion:
 
     def check(self, video: VideoSpec) -> None:
         multiple = self.scale * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
-        for name, value in (("height", video.height), ("width", video.width)):
-            if value < multiple or value % multiple:
-                raise InputError(f"{name} is {value}; {self.name} needs a multiple of {multiple}.")
-        if video.frames < 1:
-            raise InputError(f"frames is {video.frames}; it must be at least 1.")
+        check_size(self.name, video, multiple)
 
     def latent_shape(self, video: VideoSpec, batch: int) -> torch.Size:
         channels = self.denoiser.config.out_channels

@@ -25,7 +25,7 @@ from ..types import Conditioning, VideoSpec
 from ._ldm import build_autoencoder, decode_frames, encode_frames
 from ._videocrafter2_text import build_text_encoder, read_tokenizer, tokenize
 from ._videocrafter2_unet import build_unet, lora_module
-from .base import Defaults, LoraNames
+from .base import Defaults, LoraNames, check_size
 
 PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.")
 BUFFERS = {
@@ -165,11 +165,7 @@ class VideoCrafter2:
 
     def check(self, video: VideoSpec) -> None:
         multiple = self.scale * 2 ** (len(self.denoiser.config.block_out_channels) - 1)
-        for name, value in (("height", video.height), ("width", video.width)):
-            if value < multiple or value % multiple:
-                raise InputError(f"{name} is {value}; {self.name} needs a multiple of {multiple}.")
-        if video.frames < 1:
-            raise InputError(f"frames is {video.frames}; it must be at least 1.")
+        check_size(self.name, video, multiple)
 
     def latent_shape(self, video: VideoSpec, batch: int) -> torch.Size:
         channels = self.denoiser.config.in_channels

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, fingerprint, load_frozen, reading
+from ..loading import DTYPES, fingerprint, load_frozen, names_pipeline, reading
 from ..process import Flow, Process
 from ..types import Conditioning, VideoSpec
 from ._clip_image import CLIPImage, read_image_encoder
@@ -71,10 +71,7 @@ def matches(path: Path) -> bool:
     """Whether a folder's model_index.json names a Wan pipeline, or a file holds a Wan transformer."""
     if path.is_file():
         return is_wan(shapes(path))
-    try:
-        return json.loads((path / "model_index.json").read_text(encoding="utf-8")).get("_class_name") in _PIPELINES
-    except (OSError, ValueError, AttributeError):
-        return False
+    return names_pipeline(path, _PIPELINES)
 
 
 def build(config: Config) -> Wan:
