@@ -7,7 +7,7 @@ from typing import Any
 from . import host, live
 from .evaluate import VaderScoreVideo
 from .load import VaderLoadVideoModel
-from .prompts import VaderPrompts
+from .prompts import VaderImagePrompts, VaderPrompts
 from .rewards import VaderCombineRewards, VaderRewardTowards, reward_nodes, title
 from .sample import VaderApplyLoRASample
 from .save import VaderCompareVideos, VaderSaveLoRA, VaderSaveVideo
@@ -19,6 +19,7 @@ _REWARDS = reward_nodes()
 _NAMED: dict[str, type[Any]] = {
     "Load Video Model": VaderLoadVideoModel,
     "Prompts": VaderPrompts,
+    "Image Prompts": VaderImagePrompts,
     **{f"Reward ({title(node.key)})": node for node in _REWARDS.values()},
     "Combine Rewards": VaderCombineRewards,
     "Reward Towards Target": VaderRewardTowards,

@@ -12,7 +12,7 @@ from ..vader_backend.evaluation.score import comparison_table, score_videos
 from ..vader_backend.prompts import PromptSet
 from ..vader_backend.rewards.base import Reward
 from . import host, schema
-from .images import in_order, to_videos
+from .images import to_videos
 
 
 class VaderScoreVideo:
@@ -43,7 +43,7 @@ class VaderScoreVideo:
         baseline: Tensor | None = None,
         unique_id: str | None = None,
     ) -> dict[str, Any]:
-        texts = in_order(prompts)
+        texts = prompts.texts
         videos = [to_videos(images, len(texts))]
         videos += [] if baseline is None else [to_videos(baseline, len(texts), "baseline")]
         with host.workspace(reward.networks()), host.progress("Scoring", unique_id) as show:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..vader_backend.config import InputError
-from ..vader_backend.prompts import PromptSet
 
 
 def to_images(video_BTCHW: Tensor) -> Tensor:
@@ -28,20 +27,10 @@ def to_videos(images: Tensor, count: int, what: str = "images") -> Tensor:
     return images[..., :3].float().clone().permute(0, 3, 1, 2).unflatten(0, (count, -1))
 
 
-def spread(prompts: tuple[str, ...], limit: int) -> tuple[str, ...]:
-    """At most `limit` prompts (0 = all), evenly spread over the list."""
-    return tuple(prompts[i] for i in rows(len(prompts), limit))
-
-
 def rows(total: int, limit: int) -> list[int]:
     """At most `limit` indices (0 = all), evenly spread over `total`."""
     count = min(limit, total) if limit else total
     return [i * total // count for i in range(count)]
-
-
-def in_order(prompts: PromptSet) -> tuple[str, ...]:
-    """The prompts of a set as videos are sampled from them: training prompts first."""
-    return prompts.train + prompts.held_out
 
 
 def tiled(video_BTCHW: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Prompts: typed, from a file of the input folder, or a built-in set."""
+"""Prompts: typed, from a file of the input folder, or a built-in set; and the same with start images."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+from torch import Tensor
+
 from ..vader_backend.models.base import VideoModel
 from ..vader_backend.prompts import Config, PromptSet, build
+from ..vader_backend.prompts import images as image_prompts
 from . import host, schema
 
 _log = logging.getLogger("vader_nodes")
@@ -39,7 +42,44 @@ class VaderPrompts:
 
     def read(self, **values: Any) -> tuple[PromptSet, str]:
         prompts = build(schema.read(Config, values), host.read_input)
-        return prompts, "\n".join((*prompts.train, *prompts.held_out))
+        return prompts, "\n".join(prompts.texts)
+
+
+class VaderImagePrompts:
+    DESCRIPTION = "Start images with captions for image-to-video models, and held-out ones that no training sees."
+    CATEGORY = schema.CATEGORY
+    SEARCH_ALIASES = ("image-to-video prompts", "start images", "i2v dataset", "first frame")
+    FUNCTION = "read"
+    RETURN_TYPES = ("VADER_PROMPTS", "STRING")
+    RETURN_NAMES = ("prompts", "text")
+    OUTPUT_TOOLTIPS = (
+        "The images and captions in their two parts.",
+        "The training captions, then the held-out ones, one per line.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        own = {"images": schema.link("IMAGE", "With connected: the start images, such as those of Load Image.")}
+        return {"required": {}, "optional": {**own, **schema.inputs(image_prompts.Config)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, source: str | None = "mini", folder: str | None = "") -> bool | str:
+        if source != "folder" or folder is None:
+            return True
+        return schema.verdict(lambda: image_prompts.pictures(host.input_folder(folder)))
+
+    @classmethod
+    def IS_CHANGED(cls, source: str = "mini", folder: str = "", **_: Any) -> str:
+        if source != "folder":
+            return ""
+        found = [(path.name, path.stat().st_mtime_ns) for path in sorted(host.input_folder(folder).iterdir())]
+        return hashlib.sha256(repr(found).encode()).hexdigest()
+
+    def read(self, images: Tensor | None = None, **values: Any) -> tuple[PromptSet, str]:
+        with host.training_mode():
+            connected = () if images is None else images[..., :3].float().clone().permute(0, 3, 1, 2).unbind()
+            prompts = image_prompts.build(schema.read(image_prompts.Config, values), host.input_folder, connected)
+        return prompts, "\n".join(prompts.texts)
 
 
 def warn_long(model: VideoModel, prompts: Iterable[str]) -> None:

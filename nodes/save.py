@@ -14,7 +14,7 @@ from ..vader_backend.prompts import PromptSet
 from ..vader_backend.runs import check_name
 from ..vader_backend.video_file import write_mp4
 from . import host, schema
-from .images import in_order, rows, tiled, to_images, to_videos
+from .images import rows, tiled, to_images, to_videos
 
 _GRID, _SEPARATE = "grid", "one file per video"
 
@@ -89,7 +89,7 @@ class VaderSaveVideo:
         **values: Any,
     ) -> dict[str, Any]:
         config = schema.read(VideoFiles, values)
-        videos = to_videos(images, len(in_order(prompts)) if prompts else 1)
+        videos = to_videos(images, len(prompts.texts) if prompts else 1)
         shown = []
         for video in [tiled(videos)] if config.layout == _GRID else videos:
             path = host.new_file(filename_prefix, ".mp4")
@@ -141,7 +141,7 @@ class VaderCompareVideos:
         filename_prefix: str = "compare/vader",
         **values: Any,
     ) -> dict[str, Any]:
-        texts = in_order(prompts)
+        texts = prompts.texts
         chosen = rows(len(texts), schema.read(Comparison, values).limit)
         titles = [texts[i] for i in chosen]
         videos = [to_videos(part, len(texts), name)[chosen] for name, part in (("before", before), ("after", after))]

@@ -58,7 +58,7 @@ def run_gradient(folder: Path, batch_size: int) -> None:
         for parameter in parameters.values():
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
         objective = vader.build(
-            vader.Config(sampling_steps=3, guidance=2.0), model, Brightness(), PROMPTS.train, (),
+            vader.Config(sampling_steps=3, guidance=2.0), model, Brightness(), PROMPTS,
             VideoConfig(3, 8, 8).resolve(model), seed=0,
         )  # fmt: skip
         step = torch.optim.AdamW.step

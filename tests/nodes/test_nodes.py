@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from tiny_graph import Redness
-from vader_nodes.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, validate, workflow
+from vader_nodes.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, host, validate, workflow
 from vader_nodes.nodes.evaluate import VaderScoreVideo
-from vader_nodes.nodes.images import in_order, rows, spread, tiled, to_images, to_videos
-from vader_nodes.nodes.prompts import VaderPrompts
+from vader_nodes.nodes.images import rows, tiled, to_images, to_videos
+from vader_nodes.nodes.prompts import VaderImagePrompts, VaderPrompts
 from vader_nodes.nodes.rewards import RewardNode, VaderCombineRewards, VaderRewardTowards, reward_nodes
 from vader_nodes.nodes.save import VaderSaveLoRA, VaderSaveVideo
 from vader_nodes.nodes.train import VaderTrainLoRA
@@ -150,7 +150,6 @@ def test_images_and_videos_convert_both_ways() -> None:
 def test_a_limit_spreads_over_the_list() -> None:
     assert rows(240, 3) == [0, 80, 160]
     assert rows(2, 5) == rows(2, 0) == [0, 1]
-    assert spread(("a", "b", "c", "d"), 2) == ("a", "c")
 
 
 def test_scores_are_told_per_part_and_against_the_baseline() -> None:
@@ -159,7 +158,7 @@ def test_scores_are_told_per_part_and_against_the_baseline() -> None:
     brighter = images.clone()
     brighter[2:, ..., 0] = 0.5
     (table,) = VaderScoreVideo().score(brighter, prompts, Redness(), images)["result"]
-    assert in_order(prompts) == ("a", "b", "c")
+    assert prompts.texts == ("a", "b", "c")
     first, second = table.split("\n\n")
     assert first.startswith("1 training prompts")
     assert "+0.0000" in first
@@ -208,3 +207,20 @@ def test_a_mistake_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_english_names_are_those_of_the_classes() -> None:
     assert json.loads(locales.FILE.read_text(encoding="utf-8")) == locales.definitions(), "run `make locales`"
+
+
+def test_image_prompts_take_connected_images_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.rand(3, 4, 6, 4)
+    prompts, text = VaderImagePrompts().read(images, source="connected", text="a\nb\nc", held_out_fraction=0.34)
+    assert sorted(text.splitlines()) == ["a", "b", "c"]
+    for caption, image in zip(prompts.texts, prompts.images, strict=True):
+        assert torch.equal(image, images["abc".index(caption), :, :, :3].permute(2, 0, 1))
+    monkeypatch.setattr(host.current(), "base", tmp_path)
+    assert "no folder 'kites'" in str(VaderImagePrompts.VALIDATE_INPUTS(source="folder", folder="kites"))
+    (tmp_path / "input" / "kites").mkdir(parents=True)
+    assert "no pictures" in str(VaderImagePrompts.VALIDATE_INPUTS(source="folder", folder="kites"))
+    before = VaderImagePrompts.IS_CHANGED(source="folder", folder="kites")
+    (tmp_path / "input" / "kites" / "a.png").write_bytes(b"")
+    assert VaderImagePrompts.VALIDATE_INPUTS(source="folder", folder="kites") is True
+    assert VaderImagePrompts.IS_CHANGED(source="folder", folder="kites") != before
+    assert "'..'" in str(VaderImagePrompts.VALIDATE_INPUTS(source="folder", folder="../x"))

@@ -15,12 +15,12 @@ class Batch:
     """Samples of one optimizer update.
 
     numbers: position of each sample in the whole update; with the step it keys the sample's random
-    draws, so that they do not depend on how the update is divided.
+    draws, so that they do not depend on how the update is divided. rows: which training prompt each is of.
     """
 
     step: int
     numbers: tuple[int, ...]
-    prompts: tuple[str, ...]
+    rows: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -30,8 +30,7 @@ class Batch:
         mine = range(rank, len(self), world)
         rows = [mine[i : i + size] for i in range(0, len(mine), size)]
         return [
-            Batch(self.step, tuple(self.numbers[r] for r in part), tuple(self.prompts[r] for r in part))
-            for part in rows
+            Batch(self.step, tuple(self.numbers[r] for r in part), tuple(self.rows[r] for r in part)) for part in rows
         ]
 
 

@@ -7,14 +7,16 @@ reward's own frame choice, or the one set here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..config import InputError, check, option
-from ..generate import guidance_scale, initial_noise
+from ..generate import guidance_scale, initial_noise, noise_share, start_images
 from ..models.base import VideoModel
+from ..placement import encode
+from ..prompts import PromptSet
 from ..rewards.base import Reward
 from ..rng import generator
 from ..sampling import GradPlan, sample
@@ -26,7 +28,7 @@ TRUNCATIONS = ("last_k", "random_k", "random_start", "from_step", "uniform")
 
 @dataclass(frozen=True)
 class Config:
-    """How gradients flow; 0 stands for the model family's published value."""
+    """How gradients flow; 0, and an eta of -1, stand for the model family's published value."""
 
     sampling_steps: int = option(
         0, "Denoising steps T of each rollout; 0 takes the model's published number.", low=0, high=1000
@@ -38,7 +40,10 @@ class Config:
         high=100.0,
         step=0.1,
     )
-    eta: float = option(0.0, "Fresh noise per step: 0 = DDIM, 1 = as much as DDPM.", low=0.0, high=1.0, step=0.05)
+    eta: float = option(
+        -1.0, "Fresh noise per step: 0 = DDIM, 1 = as much as DDPM, -1 = the model's published value.",
+        low=-1.0, high=1.0, step=0.05,
+    )  # fmt: skip
     truncation: str = option(
         "last_k",
         "Which steps are differentiated: the last K; K random ones; all from a random one on; all from a given one "
@@ -79,8 +84,7 @@ def build(
     config: Config,
     model: VideoModel,
     reward: Reward,
-    prompts: Sequence[str],
-    held_out: Sequence[str],
+    prompts: PromptSet,
     video: VideoSpec,
     *,
     seed: int,
@@ -92,10 +96,10 @@ def build(
         InputError: see `check_inputs`.
     """
     check_inputs(config, model, reward, prompts)
-    return Vader(config, model, reward, tuple(prompts), tuple(held_out), video, seed, on_step)
+    return Vader(config, model, reward, prompts, video, seed, on_step)
 
 
-def check_inputs(config: Config, model: VideoModel, reward: Reward, prompts: Sequence[str]) -> None:
+def check_inputs(config: Config, model: VideoModel, reward: Reward, prompts: PromptSet) -> None:
     """Refuse what cannot be trained; takes no time.
 
     Raises:
@@ -107,7 +111,7 @@ def check_inputs(config: Config, model: VideoModel, reward: Reward, prompts: Seq
             f"The reward {reward.name} has no gradient, so VADER cannot train on it; use a differentiable reward, "
             "or keep this one for Score Video."
         )
-    if not prompts:
+    if not prompts.train:
         raise InputError("There is no prompt to train on; add one to the Prompts node.")
 
 
@@ -118,35 +122,37 @@ class Vader:
     config: Config
     model: VideoModel
     reward: Reward
-    prompts: tuple[str, ...]
-    held_out: tuple[str, ...]
+    prompts: PromptSet
     video: VideoSpec
     seed: int
     on_step: Callable[[], None] | None = None
     validation_count: int = 4
-    _rows: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
         steps = self.config.sampling_steps or self.model.defaults.steps
         self.schedule = self.model.process.schedule(steps, self.video)
         self.guidance = guidance_scale(self.model, self.config.guidance, self.video)
-        self.validation_prompts = (self.held_out or self.prompts)[: self.validation_count]
-        every = list(dict.fromkeys((*self.prompts, *self.validation_prompts)))
-        self._rows = {prompt: row for row, prompt in enumerate(every)}
-        self._cond = self.model.encode(every, self.video, negative=self.config.negative_prompt)
+        self.eta = noise_share(self.model, self.config.eta)
+        train, held_out = len(self.prompts.train), len(self.prompts.held_out)
+        first = range(min(held_out or train, self.validation_count))
+        self._validation_rows = [train + i for i in first] if held_out else list(first)
+        used = self.prompts.select(range(train), first if held_out else ())
+        self._texts = used.texts
+        images = start_images(used.images, self.video)
+        self._cond = encode(self.model, self._texts, self.video, negative=self.config.negative_prompt, images=images)
         own = self.reward.frames
         chosen = self.config.reward_frames
         self.frames = own if chosen == "reward" else FrameSpec(chosen, self.config.frame_count)  # type: ignore[arg-type]
 
     def collect(self, step: int, size: int) -> list[Batch]:
-        return [Batch(step, tuple(range(size)), tuple(self._prompt(step * size + i) for i in range(size)))]
+        return [Batch(step, tuple(range(size)), tuple(self._row(step * size + i) for i in range(size)))]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         keys = [(self.seed, "train", batch.step, number) for number in batch.numbers]
-        latents = self._rollout(batch.prompts, keys, self._plan(batch.step))
+        latents = self._rollout(batch.rows, keys, self._plan(batch.step))
         indices = self.frames.pick(self.video.frames, generator(self.seed, "frames", batch.step))
         video = self.model.decode(latents, indices)
-        rewards = self.reward(video, batch.prompts, indices)
+        rewards = self.reward(video, [self._texts[row] for row in batch.rows], indices)
         return -rewards.mean(), {"reward": rewards.detach()}
 
     def after_update(self, step: int) -> None:
@@ -154,16 +160,16 @@ class Vader:
 
     @torch.no_grad()
     def validate(self) -> Validation:
-        keys = [(self.seed, "validate", row) for row in range(len(self.validation_prompts))]
-        latents = self._rollout(self.validation_prompts, keys, GradPlan.none(len(self.schedule)))
+        rows = self._validation_rows
+        keys = [(self.seed, "validate", number) for number in range(len(rows))]
+        latents = self._rollout(rows, keys, GradPlan.none(len(self.schedule)))
         indices = range(self.video.frames)
         video = self.model.decode(latents, indices)
-        return Validation(
-            video.cpu(), self.validation_prompts, self.reward(video, self.validation_prompts, indices).cpu()
-        )
+        texts = tuple(self._texts[row] for row in rows)
+        return Validation(video.cpu(), texts, self.reward(video, texts, indices).cpu())
 
-    def _rollout(self, prompts: Sequence[str], keys: Sequence[tuple[int | str, ...]], plan: GradPlan) -> Tensor:
-        cond = self._cond.select([self._rows[prompt] for prompt in prompts]).to(self.model.device)
+    def _rollout(self, rows: Sequence[int], keys: Sequence[tuple[int | str, ...]], plan: GradPlan) -> Tensor:
+        cond = self._cond.select(rows).to(self.model.device)
 
         def noise(i: int) -> Tensor:
             return initial_noise(self.model, self.video, [(*key, i) for key in keys])
@@ -178,7 +184,7 @@ class Vader:
         start = initial_noise(self.model, self.video, keys)
         return sample(
             self.model, start, cond, self.schedule, plan,
-            guidance=self.guidance, eta=self.config.eta, noise=noise, on_step=tick,
+            guidance=self.guidance, eta=self.eta, noise=noise, on_step=tick,
         ).latents  # fmt: skip
 
     def _plan(self, step: int) -> GradPlan:
@@ -194,8 +200,8 @@ class Vader:
             return GradPlan.from_step(total, config.from_step, stop_input=config.stop_input)
         return GradPlan.uniform(total, config.k, stop_input=config.stop_input)
 
-    def _prompt(self, position: int) -> str:
-        """Every prompt once per round, each round in an order of its own."""
-        turn, place = divmod(position, len(self.prompts))
-        order = torch.randperm(len(self.prompts), generator=generator(self.seed, "prompts", turn))
-        return self.prompts[int(order[place])]
+    def _row(self, position: int) -> int:
+        """Every training prompt once per round, each round in an order of its own."""
+        turn, place = divmod(position, len(self.prompts.train))
+        order = torch.randperm(len(self.prompts.train), generator=generator(self.seed, "prompts", turn))
+        return int(order[place])

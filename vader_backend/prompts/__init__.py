@@ -6,11 +6,12 @@ stand-ins, written anew in the manner of the paper's: load the originals from a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..config import InputError, check, option
 from ..mini.world import SEEN_SCENES, UNSEEN_SCENES
@@ -31,10 +32,34 @@ BUILT_IN = ("mini", "mini_unseen", *_FILES)
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts to train on and prompts that no training sees."""
+    """Prompts to train on and prompts that no training sees.
+
+    For image-to-video models each prompt has its start image, [3, H, W], in [0, 1] or uint8; sizes may differ.
+    """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
+    train_images: tuple[Tensor, ...] = ()
+    held_out_images: tuple[Tensor, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Training prompts, then held-out prompts."""
+        return self.train + self.held_out
+
+    @property
+    def images(self) -> tuple[Tensor, ...]:
+        """The start images of `texts`; empty where there are none."""
+        return self.train_images + self.held_out_images
+
+    def select(self, train: Sequence[int], held_out: Sequence[int]) -> PromptSet:
+        """The given prompts of each part, in the given order."""
+        return PromptSet(
+            tuple(self.train[i] for i in train),
+            tuple(self.held_out[i] for i in held_out),
+            tuple(self.train_images[i] for i in train if self.train_images),
+            tuple(self.held_out_images[i] for i in held_out if self.held_out_images),
+        )
 
 
 @dataclass(frozen=True)
@@ -73,12 +98,13 @@ def build(config: Config, read_file: Callable[[str], str]) -> PromptSet:
     train, held_out = _lists(config, read_file)
     train = _clean(train)
     if held_out is None:
-        train, held_out = _split(train, config.held_out_fraction, config.seed)
+        rows = split(len(train), config.held_out_fraction, config.seed)
+        train, held_out = (tuple(train[i] for i in part) for part in rows)
     else:
         held_out = tuple(p for p in _clean(held_out) if p not in set(train))
     if not train and not held_out:
         raise InputError(f"{_place(config)} holds no prompt; write at least one line that is not blank.")
-    return PromptSet(_limit(train, config, "train"), _limit(held_out, config, "held out"))
+    return limited(PromptSet(train, held_out), config.limit, config.seed)
 
 
 def built_in_list(name: str) -> list[str]:
@@ -115,20 +141,23 @@ def _clean(lines: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
 
 
-def _split(prompts: tuple[str, ...], fraction: float, seed: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Hold out a seeded draw; at least one prompt stays to train on."""
-    count = max(0, min(round(fraction * len(prompts)), len(prompts) - 1))
-    chosen = set(torch.randperm(len(prompts), generator=generator(seed, "prompts", "split"))[:count].tolist())
-    train = tuple(p for i, p in enumerate(prompts) if i not in chosen)
-    return train, tuple(p for i, p in enumerate(prompts) if i in chosen)
+def split(total: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to train on and a seeded draw of rows to hold out; at least one stays to train on."""
+    count = max(0, min(round(fraction * total), total - 1))
+    chosen = set(torch.randperm(total, generator=generator(seed, "prompts", "split"))[:count].tolist())
+    return [i for i in range(total) if i not in chosen], sorted(chosen)
 
 
-def _limit(prompts: tuple[str, ...], config: Config, part: str) -> tuple[str, ...]:
-    """A seeded draw of `limit` prompts, in their order."""
-    if not config.limit or len(prompts) <= config.limit:
-        return prompts
-    order = torch.randperm(len(prompts), generator=generator(config.seed, "prompts", part, "limit"))
-    return tuple(prompts[i] for i in sorted(order[: config.limit].tolist()))
+def limited(prompts: PromptSet, limit: int, seed: int) -> PromptSet:
+    """A seeded draw of at most `limit` prompts of each part, in their order; 0 takes all."""
+
+    def draw(total: int, part: str) -> list[int]:
+        if not limit or total <= limit:
+            return list(range(total))
+        order = torch.randperm(total, generator=generator(seed, "prompts", part, "limit"))
+        return sorted(order[:limit].tolist())
+
+    return prompts.select(draw(len(prompts.train), "train"), draw(len(prompts.held_out), "held out"))
 
 
 def _place(config: Config) -> str:
