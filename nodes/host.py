@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..vader_backend.config import InputError, suggest
-from ..vader_backend.runs import check_name
+from ..vader_backend.runs import check_name, is_plain
 
 REWARD_MODELS = "reward_models"
 WEIGHTS = {".safetensors", ".pth", ".pt"}
 _PREVIEW_SECONDS = 2.0
+_OLDER_NAMES = {"text_encoders": "clip", "diffusion_models": "unet"}  # of categories, still in use beside the new ones
+_TOKENIZERS = ("comfy/sd1_tokenizer", "comfy/text_encoders/t5_tokenizer")
 
 
 class Bar(Protocol):
@@ -50,13 +52,17 @@ class Alone:
 
     def folders(self, category: str) -> list[Path]:
         """Where models of a category lie."""
-        own = [self.base / "models" / category]
+        own = [self.base / "models" / name for name in (category, _OLDER_NAMES.get(category)) if name]
         return [*own, self.output() / "loras"] if category == "loras" else own
 
     def files(self, category: str) -> list[str]:
         """The names of a category's files, relative to its folders."""
         found = {p.relative_to(f).as_posix() for f in self.folders(category) for p in f.glob("**/*") if p.is_file()}
         return sorted(found)
+
+    def program(self) -> Path:
+        """Where ComfyUI's own files would lie."""
+        return self.base
 
     def device(self) -> torch.device:
         if torch.cuda.is_available():
@@ -101,6 +107,9 @@ class Comfy:
 
     def files(self, category: str) -> list[str]:
         return [name.replace("\\", "/") for name in self.paths.get_filename_list(category)]
+
+    def program(self) -> Path:
+        return Path(str(self.paths.__file__)).parent
 
     def device(self) -> torch.device:
         return self.memory.get_torch_device()
@@ -282,18 +291,30 @@ def cancel() -> None:
 def files(category: str, suffixes: Iterable[str] = WEIGHTS) -> list[str]:
     """The names of a category's files, relative to its folders."""
     wanted = set(suffixes)
-    return [name for name in current().files(category) if Path(name).suffix in wanted]
+    return [name for name in current().files(category) if Path(name).suffix in wanted and is_plain(name)]
+
+
+def subfolders(category: str) -> list[str]:
+    """The names of a category's folders, at most two deep, without hidden ones."""
+    found = {
+        path.relative_to(folder).as_posix()
+        for folder in current().folders(category)
+        for pattern in ("*/", "*/*/")
+        for path in folder.glob(pattern)
+        if os.path.isdir(path)
+    }
+    return sorted(n for n in found if is_plain(n) and not any(part.startswith(".") for part in n.split("/")))
 
 
 def checkpoints(category: str, marker: str) -> list[str]:
     """The names of a category's folders, at most two deep, that hold a file `marker`."""
-    found = {
-        path.parents[marker.count("/")].relative_to(folder).as_posix()
-        for folder in current().folders(category)
-        for pattern in (f"*/{marker}", f"*/*/{marker}")
-        for path in folder.glob(pattern)
-    }
-    return sorted(found)
+    folders = current().folders(category)
+    return [name for name in subfolders(category) if any((folder / name / marker).exists() for folder in folders)]
+
+
+def tokenizers() -> list[Path]:
+    """The folders of the tokenizers that ComfyUI brings, where there is a ComfyUI."""
+    return [path for name in _TOKENIZERS if (path := current().program() / name).is_dir()]
 
 
 def folder(category: str) -> Path:
@@ -301,8 +322,16 @@ def folder(category: str) -> Path:
     return current().folders(category)[0]
 
 
-def resolve(category: str, name: str) -> Path:
+def places(category: str) -> str:
+    """Where a category's files lie, for messages."""
+    return " or ".join(str(folder) for folder in current().folders(category))
+
+
+def resolve(category: str, name: str, known: Callable[[], Sequence[str]] | None = None) -> Path:
     """The file or folder of that name in a category.
+
+    Args:
+        known: gives the names to propose where there is none of that name; by default the category's files.
 
     Raises:
         InputError: the name leaves the category's folders, or there is none of that name.
@@ -311,11 +340,9 @@ def resolve(category: str, name: str) -> Path:
     for folder in current().folders(category):
         if (folder / name).exists():
             return folder / name
-    places = " or ".join(str(folder) for folder in current().folders(category))
-    known = files(category)
-    raise InputError(
-        f"There is no {name!r} in {places}" + (f"; {suggest(name, known)}" if known else "; put it there.")
-    )
+    names = files(category) if known is None else known()
+    others = f", or choose another: {suggest(name, names)}" if names else "."
+    raise InputError(f"There is no {name!r} in {places(category)}; put it there{others}")
 
 
 def read_input(name: str) -> str:
@@ -326,6 +353,15 @@ def read_input(name: str) -> str:
     """
     check_name(name, "file")
     return (current().input() / name).read_text(encoding="utf-8")
+
+
+def input_folder(name: str) -> Path:
+    """A folder of the input folder. Raises InputError where it is none, or the name leaves the input folder."""
+    check_name(name, "folder")
+    path = current().input() / name
+    if not path.is_dir():
+        raise InputError(f"There is no folder {name!r} in {current().input()}; make it and put your files there.")
+    return path
 
 
 def new_file(prefix: str, suffix: str) -> Path:

@@ -1,24 +1,28 @@
-"""Load Video Model: an embedded checkpoint, or a diffusers folder of a known family."""
+"""Load Video Model: an embedded checkpoint, a folder or a file of a known family, or one from the hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from ..vader_backend import hub, registry
-from ..vader_backend.config import InputError
-from ..vader_backend.mini import files
 from ..vader_backend.models.base import VideoModel
 from . import host, schema
+from .sources import AUTO, checkpoints, configured, family, locate, part, parts
 
-_MARKERS = ("model_index.json", "transformer/config.json")  # diffusers' folders, and Open-Sora's
-_PATHS = ("folder", "tokenizer", "vae", "text_encoder", "image_encoder")
+_PARTS = {
+    "vae": "Wan and LTX-Video as a single file: the autoencoder, of models/vae.",
+    "text_encoder": "Wan and LTX-Video as a single file: the text encoder, of models/text_encoders.",
+    "image_encoder": "Wan 2.1 image-to-video as a single file: the CLIP vision encoder, of models/clip_vision.",
+    "tokenizer": "Wan, LTX-Video and VideoCrafter2 as a single file: the tokenizer, a folder of models/text_encoders, "
+    "unless one comes with the files or with ComfyUI.",
+}
 
 
 class VaderLoadVideoModel:
     DESCRIPTION = (
-        "Loads a video diffusion model: the embedded mini model, a checkpoint in models/diffusers, or one from the hub."
+        "Loads a video diffusion model: an embedded mini model, a checkpoint in models/diffusers, models/checkpoints "
+        "or models/diffusion_models, or one from the hub."
     )
     CATEGORY = schema.CATEGORY
     SEARCH_ALIASES = ("load video model", "video diffusion checkpoint", "text-to-video", "modelscope")
@@ -29,41 +33,40 @@ class VaderLoadVideoModel:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        tooltip = "Checkpoint: mini/... is embedded in this pack; the others are folders of models/diffusers."
+        tooltip = (
+            "Checkpoint: mini/... is embedded in this pack, checkpoints/... and diffusion_models/... are files there; "
+            "the others are folders of models/diffusers."
+        )
         hub_id = schema.text(
             "",
             "Id of a Hugging Face repository, such as damo-vilab/text-to-video-ms-1.7b. It is downloaded once, into "
             "models/diffusers, and taken instead of the checkpoint.",
         )
         return {
-            "required": {"checkpoint": schema.combo(choices(), tooltip)},
-            "optional": {"hub_id": hub_id, **_settings()},
+            "required": {"checkpoint": schema.combo(checkpoints(), tooltip)},
+            "optional": {"hub_id": hub_id, **_settings(), **_part_inputs()},
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
     @classmethod
-    def VALIDATE_INPUTS(cls, hub_id: str | None = "") -> bool | str:
-        return schema.verdict(lambda: hub.check_repository(hub_id) if hub_id else None)
+    def VALIDATE_INPUTS(
+        cls,
+        checkpoint: str | None = None,
+        hub_id: str | None = "",
+        vae: str | None = AUTO,
+        text_encoder: str | None = AUTO,
+        image_encoder: str | None = AUTO,
+        tokenizer: str | None = AUTO,
+    ) -> bool | str:
+        chosen = {"vae": vae, "text_encoder": text_encoder, "image_encoder": image_encoder, "tokenizer": tokenizer}
+        return schema.verdict(lambda: _check(checkpoint, hub_id, chosen))
 
     def load(self, checkpoint: str, hub_id: str = "", unique_id: str | None = None, **values: Any) -> tuple[VideoModel]:
-        folder = download(hub_id, unique_id) if hub_id else locate(checkpoint)
-        module = family(folder)
+        path = download(hub_id, unique_id) if hub_id else locate(checkpoint)
+        module = family(path)
+        config = configured(module, path, values)
         with host.training_mode():
-            return (module.build(schema.read(module.Config, {"folder": str(folder), **values})),)
-
-
-def choices() -> list[str]:
-    """The embedded checkpoints, then the folders of models/diffusers that a family recognises."""
-    embedded = [f"{files.PREFIX}{path.parent.name}" for path in sorted(files.ROOT.glob(f"*/{_MARKERS[0]}"))]
-    found = sorted({name for marker in _MARKERS for name in host.checkpoints("diffusers", marker)})
-    return [*embedded, *(name for name in found if _families(host.resolve("diffusers", name)))]
-
-
-def locate(checkpoint: str) -> Path:
-    """The folder of a checkpoint. Raises InputError where there is none."""
-    if checkpoint.startswith(files.PREFIX):
-        return files.weights(checkpoint.removeprefix(files.PREFIX))
-    return host.resolve("diffusers", checkpoint)
+            return (module.build(config),)
 
 
 def download(repository: str, node_id: str | None) -> Path:
@@ -81,30 +84,29 @@ def download(repository: str, node_id: str | None) -> Path:
         return hub.download(repository, folder, on_progress=tell)
 
 
-def family(folder: Path) -> ModuleType:
-    """The module of the family that a checkpoint belongs to.
-
-    Raises:
-        InputError: no family recognises it.
-    """
-    found = _families(folder)
-    if not found:
-        raise InputError(
-            f"The checkpoint {folder.name} is of no known family ({', '.join(registry.names('models'))}); "
-            f"choose a folder whose {_MARKERS[0]} names one of them."
-        )
-    return found[0]
-
-
-def _families(folder: Path) -> list[ModuleType]:
-    modules = (registry.load("models", name) for name in registry.names("models"))
-    return [module for module in modules if module.matches(folder)]
+def _check(checkpoint: str | None, hub_id: str | None, chosen: dict[str, str | None]) -> None:
+    """Raises InputError where a named file is missing, or no family knows the checkpoint; nothing is loaded."""
+    if hub_id:
+        hub.check_repository(hub_id)
+    elif checkpoint and hub_id is not None:
+        family(locate(checkpoint))
+    for field, name in chosen.items():
+        if name is not None:
+            part(field, name)
 
 
 def _settings() -> dict[str, schema.Input]:
-    """The settings of all families, those of a single one folded away; no paths: the checkpoint's name tells them."""
+    """The settings of all families, those of a single one folded away; its name tells where a checkpoint lies."""
     merged: dict[str, schema.Input] = {}
     for name in registry.names("models"):
         merged = {**merged, **schema.inputs(registry.load("models", name).Config, plain=("dtype",))}
-    wanted = sorted(merged.keys() - set(_PATHS), key=lambda name: ("advanced" in merged[name][1], name))
+    wanted = sorted(merged.keys() - {"folder", *_PARTS}, key=lambda name: ("advanced" in merged[name][1], name))
     return {name: merged[name] for name in wanted}
+
+
+def _part_inputs() -> dict[str, schema.Input]:
+    """The separate parts. They come last: canvas files count inputs, and these came after the others."""
+    found = {
+        name: schema.combo([AUTO, *parts(name)], f"{text} auto: the one that fits.") for name, text in _PARTS.items()
+    }
+    return {name: (kind, {**options, "advanced": True}) for name, (kind, options) in found.items()}

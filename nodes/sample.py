@@ -12,9 +12,10 @@ from ..vader_backend.config import InputError, option
 from ..vader_backend.generate import SampleConfig, VideoConfig, generate
 from ..vader_backend.lora import LoraWeights, applied, load_lora
 from ..vader_backend.models.base import VideoModel
+from ..vader_backend.placement import residents
 from ..vader_backend.prompts import PromptSet
 from . import host, schema
-from .images import in_order, spread, to_images
+from .images import rows, to_images
 from .prompts import warn_long
 
 NO_LORA = "none"
@@ -80,11 +81,11 @@ class VaderApplyLoRASample:
     ) -> tuple[Tensor, PromptSet]:
         choice, config, video = (schema.read(part, values) for part in (Choice, SampleConfig, VideoConfig))
         chosen = _chosen(prompts, choice)
-        warn_long(model, in_order(chosen))
-        with host.workspace(model.parts().values()), host.progress("Sampling", unique_id) as show:
+        warn_long(model, chosen.texts)
+        with host.workspace(residents(model)), host.progress("Sampling", unique_id) as show:
             weights = lora_file(lora_name) if lora is None else _own(lora)
             with applied(model, weights, choice.strength):
-                videos = generate(model, in_order(chosen), config, video, on_step=_watch(show))
+                videos = generate(model, chosen.texts, config, video, images=chosen.images, on_step=_watch(show))
         return to_images(videos), chosen
 
 
@@ -110,11 +111,11 @@ def _own(lora: dict[str, Tensor]) -> LoraWeights:
 
 
 def _chosen(prompts: PromptSet, choice: Choice) -> PromptSet:
-    train = () if choice.which == "held_out" else spread(prompts.train, choice.limit)
-    held_out = () if choice.which == "train" else spread(prompts.held_out, choice.limit)
+    train = [] if choice.which == "held_out" else rows(len(prompts.train), choice.limit)
+    held_out = [] if choice.which == "train" else rows(len(prompts.held_out), choice.limit)
     if not train and not held_out:
         raise InputError(f"The prompts have none for which={choice.which}; choose another part or add prompts.")
-    return PromptSet(train, held_out)
+    return prompts.select(train, held_out)
 
 
 def _watch(show: Callable[..., None]) -> Callable[[int, int, Callable[[], Tensor]], None]:

@@ -13,6 +13,7 @@ from ..vader_backend.lora import LoraConfig
 from ..vader_backend.models.base import VideoModel
 from ..vader_backend.objectives.base import Validation
 from ..vader_backend.objectives.vader import Config
+from ..vader_backend.placement import residents
 from ..vader_backend.prompts import PromptSet
 from ..vader_backend.rewards.base import Reward
 from ..vader_backend.runs import check_name
@@ -103,7 +104,7 @@ class VaderTrainLoRA:
         settings = _settings(values)
         start = lora_file(existing_lora)
         warn_long(model, prompts.train)
-        networks = [*model.parts().values(), *reward.networks()]
+        networks = [*residents(model), *reward.networks()]
         board = Board(unique_id, _workflow_id(extra_pnginfo), settings.train.steps)
         with board.open(), host.workspace(networks), host.progress("Training", unique_id, plain=True) as show:
             hooks = _hooks(show, board)

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from diffusers import DDIMScheduler, TextToVideoSDPipeline
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from tiny import SCHEDULER, VIDEO, Brightness, tiny_model
 from torch import Tensor
@@ -122,7 +123,7 @@ def test_files_that_are_no_lora_are_refused(trained: Path, tmp_path: Path) -> No
         load_lora(tmp_path / "absent.safetensors")
     for cut in (0, 7, 100, trained.stat().st_size - 1):
         (tmp_path / "cut.safetensors").write_bytes(trained.read_bytes()[:cut])
-        with pytest.raises(InputError, match="not whole"):
+        with pytest.raises(InputError, match="truncated or damaged"):
             load_lora(tmp_path / "cut.safetensors")
     save_file({"weight": torch.zeros(1)}, tmp_path / "foreign.safetensors")
     with pytest.raises(InputError, match="no LoRA"):
@@ -152,3 +153,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     with pytest.raises(InputError, match="space"):
         save_lora(tmp_path / "out.safetensors", weights)
     assert not list(tmp_path.iterdir())
+
+
+def test_going_on_from_a_lora_keeps_the_dropout(model: ModelScope, trained: Path) -> None:
+    for start in (None, load_lora(trained)):
+        with attached(model, LoraConfig(rank=4, dropout=0.3), seed=0, start=start):
+            layers = [layer for layer in model.denoiser.modules() if isinstance(layer, LoraLayer)]
+            assert layers
+            assert {getattr(layer.lora_dropout["vader"], "p", 0.0) for layer in layers} == {0.3}

@@ -15,12 +15,12 @@ from tiny import VIDEO, tiny_model
 from tiny_flow import original_shapes
 from torch import Tensor, nn
 from vader_nodes.vader_backend.config import InputError
-from vader_nodes.vader_backend.lora import LoraConfig, applied, attached, export, load_lora
+from vader_nodes.vader_backend.lora import LoraConfig, LoraWeights, applied, attached, export, load_lora
 from vader_nodes.vader_backend.lora_formats import by_module
 from vader_nodes.vader_backend.models._ltx_keys import comfy_module as ltx_module
 from vader_nodes.vader_backend.models._wan_keys import comfy_module as wan_module
 from vader_nodes.vader_backend.models._wan_keys import transformer_config
-from vader_nodes.vader_backend.models.base import LoraNames
+from vader_nodes.vader_backend.models.base import Defaults, LoraNames
 from vader_nodes.vader_backend.models.modelscope import ModelScope
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -34,6 +34,8 @@ class Holder:
     lora_names: LoraNames = field(default_factory=LoraNames)
     name: str = "holder"
     lora_prefix: str = "transformer."
+    lora_targets: tuple[str, ...] = TARGETS
+    defaults: Defaults = field(default_factory=lambda: Defaults(VIDEO, steps=1, guidance=1.0))
 
 
 def tiny_wan() -> Any:
@@ -43,6 +45,18 @@ def tiny_wan() -> Any:
         image_dim=8, added_kv_proj_dim=24, rope_max_seq_len=32,
     )  # fmt: skip
     return Holder(network, LoraNames(comfy=wan_module))
+
+
+def tiny_ltx() -> Any:
+    torch.manual_seed(0)
+    network = LTXVideoTransformer3DModel(
+        in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=12, cross_attention_dim=24,
+        num_layers=2, caption_channels=16,
+    )  # fmt: skip
+    return Holder(network, LoraNames(comfy=ltx_module))
+
+
+FAMILIES: dict[str, Callable[[], Any]] = {"wan": tiny_wan, "ltx": tiny_ltx}
 
 
 def targets(network: nn.Module) -> list[str]:
@@ -60,51 +74,88 @@ def lora_of(network: nn.Module, rank: int = 3) -> dict[str, Tensor]:
     return result
 
 
-def kohya(name: str) -> str:
-    module, _, side = name.rpartition(".lora_")
-    rest = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[side]
-    return f"lora_unet_{wan_module(module).replace('.', '_')}.{rest}"
+Rename = Callable[[str], str]
 
 
-def native(name: str) -> str:
+def flat(prefix: str) -> Callable[[str, Rename], str]:
+    """kohya's way of naming a weight, after the given prefix."""
+
+    def spell(name: str, rename: Rename) -> str:
+        module, _, side = name.rpartition(".lora_")
+        return f"{prefix}{rename(module).replace('.', '_')}.lora_{'down' if side == 'A.weight' else 'up'}.weight"
+
+    return spell
+
+
+def native(name: str, rename: Rename) -> str:
     module, _, rest = name.rpartition(".lora_")
-    return f"{wan_module(module)}.lora_{rest}"
+    return f"{rename(module)}.lora_{rest}"
 
 
-SPELLINGS: dict[str, Callable[[str], str]] = {
-    "ours": lambda name: name,
-    "diffusers": lambda name: f"transformer.{name}",
-    "peft": lambda name: f"base_model.model.{name}",
-    "peft within diffusers": lambda name: f"transformer.base_model.model.{name}",
-    "peft with adapter name": lambda name: f"base_model.model.{name.replace('.weight', '.default.weight')}",
-    "comfyui": lambda name: f"diffusion_model.{native(name)}",
+SPELLINGS: dict[str, Callable[[str, Rename], str]] = {
+    "ours": lambda name, rename: name,
+    "diffusers": lambda name, rename: f"transformer.{name}",
+    "peft": lambda name, rename: f"base_model.model.{name}",
+    "peft within diffusers": lambda name, rename: f"transformer.base_model.model.{name}",
+    "peft with adapter name": lambda name, rename: f"base_model.model.{name.replace('.weight', '.default.weight')}",
+    "diffusion_model": lambda name, rename: f"diffusion_model.{native(name, rename)}",
     "bare native names": native,
-    "kohya": kohya,
-    "kohya with diffusers names": lambda name: "lora_unet_" + name.rpartition(".lora_")[0].replace(".", "_")
-    + {"A.weight": ".lora_down.weight", "B.weight": ".lora_up.weight"}[name.rpartition(".lora_")[2]],
-    "old diffusers": lambda name: "unet." + name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"),
+    "DiffSynth": lambda name, rename: native(name.replace("weight", "default.weight"), rename),
+    "kohya": flat("lora_unet_"),
+    "kohya with diffusers names": lambda name, rename: flat("lora_unet_")(name, str),
+    "VideoX-Fun": flat("lora_unet__"),
+    "OneTrainer": lambda name, rename: flat("lora_transformer_")(name, str),
+    "old diffusers": lambda name, rename: "unet." + name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"),
 }  # fmt: skip
+OTHERS = ("diffusers", "kohya", "diffusion_model")
 
 
+def spelled(model: Any, lora: Mapping[str, Tensor], spelling: str) -> dict[str, Tensor]:
+    return {SPELLINGS[spelling](name, model.lora_names.comfy): tensor for name, tensor in lora.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_every_spelling_is_read(spelling: str) -> None:
-    model = tiny_wan()
+def test_every_spelling_is_read(spelling: str, family: str) -> None:
+    model = FAMILIES[family]()
     expected = lora_of(model.denoiser)
-    found = by_module(model, {SPELLINGS[spelling](name): t for name, t in expected.items()}, "")
+    found = by_module(model, spelled(model, expected, spelling), "")
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("spelling", ["comfyui", "kohya"])
-def test_alpha_is_folded(spelling: str) -> None:
-    model, spell = tiny_wan(), SPELLINGS[spelling]
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spelling", ["diffusion_model", "kohya"])
+def test_alpha_is_folded(spelling: str, family: str) -> None:
+    model = FAMILIES[family]()
     plain = lora_of(model.denoiser)
-    modules = {spell(name).partition(".lora_")[0] for name in plain}
-    alphas = {f"{module}.alpha": torch.tensor(6.0) for module in modules}
-    found = by_module(model, {**{spell(n): t.half() for n, t in plain.items()}, **alphas}, "")
+    weights = {key: tensor.half() for key, tensor in spelled(model, plain, spelling).items()}
+    modules = {key.partition(".lora_")[0] for key in weights}
+    found = by_module(model, weights | {f"{module}.alpha": torch.tensor(6.0) for module in modules}, "")
     for name, tensor in plain.items():
         expected = tensor.half().float() * (2 if ".lora_B." in name else 1)
         assert torch.equal(found[name].float(), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spelling", OTHERS)
+def test_another_programs_lora_is_a_start_and_samples(spelling: str, family: str) -> None:
+    """Training begins with its weights, in layers of its rank; sampling adds what they stand for."""
+    model, rank = FAMILIES[family](), 3
+    lora = lora_of(model.denoiser, rank)
+    name = targets(model.denoiser)[-1]
+    layer, states = model.denoiser.get_submodule(name), torch.randn(2, model.denoiser.get_submodule(name).in_features)
+    plain = layer(states)
+    update = states @ lora[f"{name}.lora_A.weight"].T @ lora[f"{name}.lora_B.weight"].T
+    weights = LoraWeights(spelled(model, lora, spelling))
+    with attached(model, LoraConfig(rank=rank + 1), seed=0, start=weights) as parameters:
+        assert set(parameters) == set(lora)
+        assert all(torch.equal(tensor, lora[key]) and tensor.requires_grad for key, tensor in parameters.items())
+        assert (model.denoiser.get_submodule(name)(states) - plain - update).abs().max() < 1e-4
+    with applied(model, weights, 0.5):
+        assert (model.denoiser.get_submodule(name)(states) - plain - 0.5 * update).abs().max() < 1e-4
+    assert model.denoiser.get_submodule(name) is layer
+    assert update.abs().max() > 1e-2
 
 
 def test_names_of_the_first_implementation_are_read() -> None:

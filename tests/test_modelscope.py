@@ -98,5 +98,5 @@ def test_other_pipelines_are_not_claimed(copy: Path) -> None:
 
 
 def test_images_are_refused_by_a_text_to_video_model(original: tuple[Path, ModelScope]) -> None:
-    with pytest.raises(InputError, match="takes no images"):
+    with pytest.raises(InputError, match="not from Image Prompts"):
         original[1].encode(["a"], VIDEO, images=torch.zeros(1, 3, 8, 8))

@@ -83,9 +83,7 @@ def gradient_of(folder: Path, batch_size: int, accumulation: int) -> dict[str, T
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)).double()
         for name, parameter in parameters.items():
             parameter.register_post_accumulate_grad_hook(lambda p, name=name: found.update({name: p.grad.clone()}))
-        objective = vader.build(
-            chosen.objective, model, Brightness(), PROMPTS.train, (), chosen.video.resolve(model), seed=0
-        )
+        objective = vader.build(chosen.objective, model, Brightness(), PROMPTS, chosen.video.resolve(model), seed=0)
         accelerator = new_accelerator(model.device)
         train(parameters, objective, chosen.train, learning_rate=0.1, accelerator=accelerator)
     return found
@@ -101,6 +99,19 @@ def test_a_finished_run_is_reused(tmp_path: Path) -> None:
     other = run(tmp_path, settings(learning_rate=0.03))
     assert not other.reused
     assert other.folder != first.folder
+
+
+def test_what_was_chosen_at_loading_makes_another_run(tmp_path: Path) -> None:
+    chosen = settings(steps=1)
+    model = tiny_model(tmp_path, torch.float32)
+    folders = []
+    for sampler, weight in (("ddim", 1.0), ("dpm++2m", 1.0), ("ddim", 2.0)):
+        model.settings = {"sampler": sampler}
+        model.vae.decoder.conv_out.bias.data.fill_(weight)
+        result = align(model, Brightness(), PROMPTS, chosen, root=tmp_path / "runs")  # type: ignore[arg-type]
+        assert not result.reused
+        folders.append(result.folder)
+    assert len(set(folders)) == 3
 
 
 class Cancelled(BaseException):

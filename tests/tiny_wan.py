@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from PIL import Image
-from tiny_flow import randomised
+from tiny_flow import randomised, save_folder, text_encoder
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 from vader_nodes.vader_backend.models.wan import Wan
@@ -63,3 +64,28 @@ def noise_for(model: Wan, video: VideoSpec, batch: int) -> Tensor:
 def picture(video: VideoSpec) -> tuple[Image.Image, Tensor]:
     values = np.random.default_rng(0).integers(0, 256, (video.height, video.width, 3), dtype=np.uint8)
     return Image.fromarray(values), torch.from_numpy(values).permute(2, 0, 1)[None] / 255
+
+
+def save_tiny(folder: Path) -> None:
+    """Wan 2.1, text to video."""
+    save_folder(
+        folder, {"_class_name": "WanPipeline"}, EULER,
+        transformer=tiny_transformer(), vae=tiny_vae(), text_encoder=text_encoder(umt5=True),
+    )  # fmt: skip
+
+
+def save_tiny_image_to_video(folder: Path) -> None:
+    """Wan 2.1, image to video."""
+    save_folder(
+        folder, {"_class_name": "WanImageToVideoPipeline"}, EULER,
+        transformer=tiny_transformer(in_channels=36, image_dim=16, added_kv_proj_dim=24), vae=tiny_vae(),
+        text_encoder=text_encoder(umt5=True), image_encoder=tiny_image_encoder(),
+    )  # fmt: skip
+
+
+def save_tiny_2_2(folder: Path) -> None:
+    """Wan 2.2 5B: one transformer for text and for images, times per token."""
+    save_folder(
+        folder, {"_class_name": "WanPipeline", "expand_timesteps": True}, EULER,
+        transformer=tiny_transformer(), vae=tiny_vae_2_2(), text_encoder=text_encoder(umt5=True),
+    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from .checkpoint import require_space
 from .config import check
 from .generate import VideoConfig
+from .loading import fingerprint
 from .lora import LoraConfig, LoraWeights, attached, export
 from .memory.gradient_checkpointing import gradient_checkpointing
 from .models.base import VideoModel
@@ -86,11 +88,11 @@ def align(
     hooks = hooks or Hooks()
     video = settings.video.resolve(model)
     objective = load("objectives", settings.method).build(
-        settings.objective, model, reward, prompts.train, prompts.held_out, video,
+        settings.objective, model, reward, prompts, video,
         seed=settings.train.seed, on_step=hooks.on_sample_step,
     )  # fmt: skip
     accelerator = new_accelerator(model.device)
-    rank = settings.lora.rank or model.defaults.rank
+    shape = settings.lora.resolve(model)
     with ExitStack() as stack:
         parameters = stack.enter_context(attached(model, settings.lora, seed=settings.train.seed, start=start))
         configuration = _configuration(model, reward, prompts, settings, start, accelerator.num_processes)
@@ -108,12 +110,12 @@ def align(
             accelerator=accelerator, hooks=_recording(hooks, folder, video.fps), checkpoints=folder.checkpoints,
             loss_scaling=next(model.denoiser.parameters()).dtype == torch.float16,
         )  # fmt: skip
-    scale = (settings.lora.alpha or rank) / rank if start is None else 1.0
+    scale = shape.alpha / shape.rank if start is None else 1.0
     curves = {
         "steps": result.step, "losses": result.losses, "rewards": result.rewards, "held_out": result.held_out,
         "skipped": result.skipped,
     }  # fmt: skip
-    lora = export(model, tensors, scale, _metadata(model, reward, settings, rank, folder.hash))
+    lora = export(model, tensors, scale, _metadata(model, reward, settings, _rank(parameters), folder.hash))
     if not result.stopped:
         folder.finish(lora, curves)
     accelerator.wait_for_everyone()
@@ -128,7 +130,7 @@ def check_inputs(model: VideoModel, reward: Reward, prompts: PromptSet, settings
     """
     settings.check()
     settings.video.resolve(model)
-    load("objectives", settings.method).check_inputs(settings.objective, model, reward, prompts.train)
+    load("objectives", settings.method).check_inputs(settings.objective, model, reward, prompts)
 
 
 def _result(lora: LoraWeights, curves: dict[str, Any], folder: RunFolder, *, reused: bool) -> AlignResult:
@@ -169,14 +171,26 @@ def _configuration(
 ) -> dict[str, Any]:
     """All that decides the result of a run, as JSON."""
     return {
-        "model": {"name": model.name, "fingerprint": model.fingerprint},
+        "model": {
+            "name": model.name,
+            "settings": dict(model.settings),
+            "weights": {name: fingerprint(network) for name, network in model.parts().items()},
+        },
         "precision": str(next(model.denoiser.parameters()).dtype).removeprefix("torch."),
         "reward": reward.description,
-        "prompts": asdict(prompts),
+        "prompts": {
+            "train": prompts.train,
+            "held_out": prompts.held_out,
+            "images": _digest(dict(enumerate(prompts.images))),
+        },
         "settings": asdict(settings),
         "start": _digest(start),
         "processes": processes,
     }
+
+
+def _rank(parameters: dict[str, nn.Parameter]) -> int:
+    return max(len(p) for name, p in parameters.items() if name.endswith(".lora_A.weight"))
 
 
 def _footprint(parameters: dict[str, nn.Parameter]) -> int:
@@ -184,12 +198,12 @@ def _footprint(parameters: dict[str, nn.Parameter]) -> int:
     return 3 * 4 * 4 * sum(p.numel() for p in parameters.values()) + 20_000_000
 
 
-def _digest(weights: dict[str, Tensor] | None) -> str | None:
-    if weights is None:
+def _digest(tensors: Mapping[Any, Tensor] | None) -> str | None:
+    if not tensors:
         return None
     digest = hashlib.sha256()
-    for name, tensor in sorted(weights.items()):
-        digest.update(name.encode() + tensor.float().contiguous().numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + tensor.float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

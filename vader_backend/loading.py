@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Callable, Collection, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,24 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .config import InputError
+from .precision import chosen, convert, converted, kept_in_float32, stored_dtype
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_UNREADABLE = (
+    OSError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError, TypeError, EOFError,
+    SafetensorError, pickle.UnpicklingError,
+)  # fmt: skip
+_BEGINNINGS = {
+    b"PK\x03\x04": "a zip archive, such as PyTorch writes",
+    b"\x80": "a pickle",
+    b"version https://git-lfs": "a Git LFS pointer to one",
+    b"<": "a web page",
+}
+# What whole CLIP and T5 checkpoints hold beside the encoder that is read from them.
+_SPARE = re.compile(
+    r"position_ids$|^(text|visual)_projection\.|^lm_head\.|^decoder\.(block|embed_tokens|final_layer_norm)\."
+)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -41,7 +58,7 @@ def reading(what: str, folder: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError) as error:
+    except _UNREADABLE as error:
         raise checkpoint_error(what, folder, error) from error
     except Exception as error:
         if type(error).__module__.startswith(("safetensors", "json", "tokenizers", "huggingface_hub")):
@@ -50,10 +67,19 @@ def reading(what: str, folder: Path) -> Iterator[None]:
 
 
 def checkpoint_error(what: str, folder: Path, error: Any) -> InputError:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    """The sentence on a checkpoint that cannot be read, with the first sentence of `error` as the reason."""
     return InputError(
-        f"The {what} in {folder} cannot be read ({reason}). Download it again, or choose another checkpoint."
+        f"The {what} in {folder} cannot be read ({_reason(error)}). Download it again, or choose another checkpoint."
     )
+
+
+def _reason(error: Any) -> str:
+    if isinstance(error, KeyError):
+        return f"it lacks {error.args[0]}"
+    if isinstance(error, IndexError | ZeroDivisionError) or "to unpack" in str(error):
+        return "its weights have other shapes than expected"
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(said[0].partition(". ")[0].split())[:200].rstrip(".")
 
 
 def names_pipeline(folder: Path, pipelines: Collection[str]) -> bool:
@@ -68,23 +94,44 @@ def load_frozen(cls: Any, folder: Path, dtype: torch.dtype, what: str) -> Any:
     """Load a diffusers or transformers class from a local folder: safetensors only, no network, nothing missing.
 
     Raises:
-        InputError: the folder is missing, truncated, holds a pickle only, or lacks weights of the class.
+        InputError: the folder is missing, truncated, holds a pickle only, or its weights are not those of the class.
     """
     if not folder.is_dir():
         raise InputError(f"The {what} is missing: there is no folder {folder}. Download the whole checkpoint.")
-    if not any(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
         held = f"; {pickles[0]} is a pickle, which is not loaded from such a folder" if pickles else ""
         raise InputError(f"The {what} in {folder} has no .safetensors file{held}. Download the safetensors version.")
+    for file in files:
+        with opened(file, what, "np"):
+            pass
     with reading(what, folder):
+        stored = stored_dtype(file for file in files if "." not in file.stem) or dtype  # not a variant as .fp16
         # Two spellings of one option: transformers 5 and diffusers >= 0.40 warn about, but still take, torch_dtype.
         model, info = cls.from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-        missing = sorted(info["missing_keys"])
-        if missing or info.get("mismatched_keys"):
-            raise ValueError(f"{len(missing)} weights are missing or misshapen: {missing[:1]}")
+            folder, torch_dtype=stored, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    _refuse_strange(
+        what, folder, missing=info["missing_keys"], unknown=filter(_is_strange, info["unexpected_keys"]),
+        misshapen=(key for key, *_ in info["mismatched_keys"]),
+    )  # fmt: skip
+    convert(model, dtype, kept_in_float32(cls, dtype))
     return model.eval().requires_grad_(False)
+
+
+def _refuse_strange(
+    what: str, source: Path, *, missing: Iterable[str], unknown: Iterable[str], misshapen: Iterable[str]
+) -> None:
+    """Raises InputError where any weight is missing, unknown or of another shape."""
+    for problem, keys in (("missing", missing), ("unknown", unknown), ("of another shape", misshapen)):
+        if found := sorted(keys):
+            raise checkpoint_error(what, source, f"weights {problem}: {len(found)}, such as {found[0]}")
+
+
+def _is_strange(key: str) -> bool:
+    return _SPARE.search(key) is None
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
@@ -98,23 +145,41 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise InputError(f"The {what} is missing: there is no file {path}. Download it again.")
-    try:
-        content = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise checkpoint_error(what, path, error) from error
+    content = _safetensors(path, what) if path.suffix == ".safetensors" else _pickled(path, what)
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise InputError(f"The {what} in {path} holds no tensors; choose another checkpoint.")
     return tensors
 
 
-def _safetensors(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
+@contextmanager
+def opened(path: Path, what: str, framework: str = "pt") -> Iterator[Any]:
+    """A .safetensors file, open. Raises InputError where it is truncated, or a file of another kind under that name."""
+    with reading(what, path):
+        with path.open("rb") as raw:
+            start = raw.read(32)
+        kind = next((kind for begin, kind in _BEGINNINGS.items() if start.startswith(begin)), None)
+        if kind is not None and start[8:9] != b"{":  # the header of a .safetensors file, after 8 bytes with its length
+            raise ValueError(f"it is not a safetensors file but {kind}")
+        try:
+            content = safe_open(path, framework)
+        except SafetensorError as error:
+            raise ValueError("it is truncated or damaged") from error
+        with content as file:
+            yield file
+
+
+def _safetensors(path: Path, what: str) -> dict[str, Any]:
+    with opened(path, what) as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
-def _pickled(path: Path) -> dict[str, Any]:
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+def _pickled(path: Path, what: str) -> dict[str, Any]:
+    with reading(what, path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError("it is no PyTorch file, or holds more than tensors and could run code") from error
     for wrapper in ("state_dict", "module", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -122,25 +187,31 @@ def _pickled(path: Path) -> dict[str, Any]:
 
 
 def build_frozen(
-    make: Callable[[], nn.Module], tensors: Mapping[str, Tensor], dtype: torch.dtype, what: str, source: Path
+    make: Callable[[], nn.Module],
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    what: str,
+    source: Path,
+    *,
+    kept: Collection[str] = (),
 ) -> Any:
     """A network around tensors that are there already: built without weights, so that they are held only once.
 
     Args:
         make: makes the network; its parameters take no memory while it does.
         tensors: under the network's own names, nothing missing and nothing left over.
+        kept: names of layers whose weights are held in float32 whatever `dtype` is.
 
     Raises:
         InputError: a tensor is missing, left over or of another shape.
     """
-    with init_empty_weights(include_buffers=False):
+    with reading(what, source), init_empty_weights(include_buffers=False):
         module = make()
     wanted = module.state_dict()
-    lacking, strange = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    misshapen = sorted(key for key in wanted.keys() & tensors.keys() if wanted[key].shape != tensors[key].shape)
-    for problem, keys in (("missing", lacking), ("unknown", strange), ("of another shape", misshapen)):
-        if keys:
-            raise checkpoint_error(what, source, f"{len(keys)} weights are {problem}, such as {keys[0]}")
-    own = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
+    _refuse_strange(
+        what, source, missing=wanted.keys() - tensors.keys(), unknown=tensors.keys() - wanted.keys(),
+        misshapen=(key for key in wanted.keys() & tensors.keys() if wanted[key].shape != tensors[key].shape),
+    )  # fmt: skip
+    own = {key: converted(value, chosen(key, dtype, kept)) for key, value in tensors.items()}
     module.load_state_dict(own, assign=True)
     return module.eval().requires_grad_(False)

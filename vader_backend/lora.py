@@ -16,12 +16,12 @@ from pathlib import Path
 import peft
 import torch
 from peft.tuners.lora import LoraLayer, LoraModel
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .checkpoint import atomic_path
 from .config import InputError, option
+from .loading import opened
 from .lora_formats import Layout, by_module, file_key, holds_lora
 from .models.base import VideoModel
 
@@ -30,13 +30,26 @@ _ADAPTER = "vader"
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Shape of a LoRA. 0 stands for the model family's published value (alpha: equal to the rank)."""
+    """Shape of a LoRA; 0, and a dropout of -1, stand for the model family's published value."""
 
     rank: int = option(0, "Rank of the LoRA; 0 takes the model's published value.", low=0, high=1024)
-    alpha: float = option(0.0, "The update is scaled by alpha / rank; 0 = equal to the rank.", low=0.0, high=4096.0)
-    dropout: float = option(
-        0.0, "Dropout on the LoRA's input, live only in differentiated steps.", low=0.0, high=0.9, step=0.01
+    alpha: float = option(
+        0.0, "The update is scaled by alpha / rank; 0 takes the model's published ratio.", low=0.0, high=4096.0
     )
+    dropout: float = option(
+        -1.0,
+        "Dropout on the LoRA's input, live only in differentiated steps; -1 takes the model's published value.",
+        low=-1.0,
+        high=0.9,
+        step=0.01,
+    )
+
+    def resolve(self, model: VideoModel) -> LoraConfig:
+        """The same with the model's own values filled in."""
+        own = model.defaults
+        rank = self.rank or own.rank
+        dropout = own.dropout if self.dropout < 0 else self.dropout
+        return LoraConfig(rank, self.alpha or own.lora_scale * rank, dropout)
 
 
 class LoraWeights(dict[str, Tensor]):
@@ -74,12 +87,11 @@ def load_lora(path: Path) -> LoraWeights:
     """
     if path.suffix != ".safetensors":
         raise InputError(f"The LoRA {path.name} is not a .safetensors file; pickles are not loaded. Convert it first.")
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            metadata = dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"The LoRA {path.name} is missing or not whole ({error}); get it again.") from error
+    if not path.is_file():
+        raise InputError(f"The LoRA {path.name} is missing; there is no file {path}.")
+    with opened(path, "LoRA") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata = dict(file.metadata() or {})
     if not holds_lora(tensors):
         raise InputError(f"{path.name} holds no LoRA weights (such as a key ending in .lora_A.weight); choose another.")
     return LoraWeights(tensors, metadata)
@@ -92,7 +104,7 @@ def attached(
     """A trainable float32 LoRA on the denoiser; taken off again at the end.
 
     Args:
-        start: weights of an earlier LoRA to go on from; their rank replaces the configured one.
+        start: weights of an earlier LoRA to go on from; their rank and scale replace the configured ones.
 
     Yields:
         The trainable parameters by `<module>.lora_A.weight` / `<module>.lora_B.weight`.
@@ -100,16 +112,16 @@ def attached(
     Raises:
         InputError: `start` does not fit the model.
     """
-    rank = config.rank or model.defaults.rank
+    config = config.resolve(model)
     peft_config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=config.alpha or rank,  # type: ignore[arg-type]  # peft takes fractions too
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # peft takes fractions too
         lora_dropout=config.dropout,
         target_modules=list(model.lora_targets),
     )
     if start is not None:
         tensors = _by_module(model, start)
-        peft_config = _config_for(tensors)
+        peft_config = _config_for(tensors, config.dropout)
     with _tuner(model, peft_config, seed):
         if start is not None:
             _fill(model, tensors, 1.0)
@@ -190,15 +202,16 @@ def _by_module(model: VideoModel, weights: LoraWeights) -> dict[str, Tensor]:
     return by_module(model, weights, weights.metadata.get("base_model", "another base model"))
 
 
-def _config_for(tensors: dict[str, Tensor]) -> peft.LoraConfig:
+def _config_for(tensors: dict[str, Tensor], dropout: float = 0.0) -> peft.LoraConfig:
     ranks = {
         name.removesuffix(".lora_A.weight"): len(t) for name, t in tensors.items() if name.endswith(".lora_A.weight")
     }
     common = Counter(ranks.values()).most_common(1)[0][0]
     other = {name: rank for name, rank in ranks.items() if rank != common}
     return peft.LoraConfig(
-        r=common, lora_alpha=common, rank_pattern=other, alpha_pattern=other, target_modules=sorted(ranks)
-    )
+        r=common, lora_alpha=common, rank_pattern=other, alpha_pattern=other, target_modules=sorted(ranks),
+        lora_dropout=dropout,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Key layouts of LoRA files: ours, diffusers', peft's, ComfyUI's and kohya's are read; the first and ComfyUI's written.
 
-Sources: the loaders of diffusers, peft, kohya-ss/sd-scripts and ComfyUI (comfy/lora.py).
+Sources: the loaders of diffusers, peft, kohya-ss/sd-scripts and ComfyUI (comfy/lora.py, comfy/lora_convert.py).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _PREFIXES = (
     "diffusion_model.",
     "transformer.",
     "unet.",
+    "lora_unet__",
     "lora_unet_",
     "lora_transformer_",
 )

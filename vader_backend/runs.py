@@ -95,6 +95,11 @@ def check_name(name: str, what: str) -> None:
     Raises:
         InputError: the name is empty, absolute, or has a part `..`.
     """
-    parts = name.replace("\\", "/").split("/")
-    if not name.strip() or ".." in parts or name.startswith(("/", "\\", "~")) or ":" in name or "" in parts:
+    if not is_plain(name):
         raise InputError(f"{what} is {name!r}; enter a plain name without '..', a leading '/' or a drive.")
+
+
+def is_plain(name: str) -> bool:
+    """Whether a file or folder name stays in its folder."""
+    parts = name.replace("\\", "/").split("/")
+    return bool(name.strip()) and not (name.startswith("~") or ":" in name or {"", ".."} & set(parts))

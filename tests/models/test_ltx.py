@@ -22,7 +22,9 @@ from diffusers.loaders.single_file_utils import (
 )
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_flow import original_shapes, original_state, randomised, save_folder, save_text_file, text_encoder
+from tiny_files import save_ltx
+from tiny_flow import original_shapes, save_folder, save_text_file, text_encoder
+from tiny_ltx import SCHEDULER, save_tiny, tiny_transformer, tiny_vae
 from torch import Tensor
 from transformers import AutoTokenizer
 from vader_nodes.vader_backend.config import InputError
@@ -33,42 +35,16 @@ from vader_nodes.vader_backend.sampling import GradPlan, sample
 from vader_nodes.vader_backend.types import VideoSpec
 
 VIDEO = VideoSpec(frames=9, height=64, width=96, fps=12.0)
-SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_shift": 0.95,
-    "max_shift": 2.05, "base_image_seq_len": 1024, "max_image_seq_len": 4096, "shift_terminal": 0.1,
-}  # fmt: skip
 PROMPTS = ["a red circle moves left", "the blue square"]
 STEPS, GUIDANCE = 4, 3.0
 TOLERANCE = 1e-4  # of latents about 1, both sides in float32
 
 
-def tiny_transformer(**sizes: Any) -> LTXVideoTransformer3DModel:
-    settings: dict[str, Any] = {
-        "in_channels": 8, "out_channels": 8, "num_attention_heads": 2, "attention_head_dim": 16,
-        "cross_attention_dim": 32, "num_layers": 2, "caption_channels": 16,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    return randomised(LTXVideoTransformer3DModel(**settings | sizes))
-
-
-def tiny_vae(**sizes: Any) -> AutoencoderKLLTXVideo:
-    settings: dict[str, Any] = {
-        "latent_channels": 8, "block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8),
-        "layers_per_block": (1, 1, 1, 1, 1), "decoder_layers_per_block": (1, 1, 1, 1, 1),
-    }  # fmt: skip
-    torch.manual_seed(0)
-    vae = randomised(AutoencoderKLLTXVideo(**settings | sizes))
-    vae.latents_mean += 0.1
-    vae.latents_std *= 0.8
-    return vae
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folder(
-        tmp_path_factory.mktemp("ltx") / "tiny", {"_class_name": "LTXPipeline"}, SCHEDULER,
-        transformer=tiny_transformer(), vae=tiny_vae(), text_encoder=text_encoder(umt5=False),
-    )  # fmt: skip
+    path = tmp_path_factory.mktemp("ltx")
+    save_tiny(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -259,11 +235,7 @@ def test_every_key_of_a_published_autoencoder_finds_its_place(item: str) -> None
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A transformer with ComfyUI's prefix and a text encoder in files, the autoencoder in a folder."""
     folder = tmp_path_factory.mktemp("files")
-    transformer = tiny_transformer(num_attention_heads=32, attention_head_dim=2, cross_attention_dim=64)
-    keys = [k for k in original_shapes("ltx 2B") if not k.startswith("transformer_blocks.") or int(k.split(".")[1]) < 2]
-    names = {key: next(iter(convert_ltx_transformer_checkpoint_to_diffusers({key: torch.empty(0)}))) for key in keys}
-    state = original_state(transformer, names)
-    save_file({f"model.diffusion_model.{key}": tensor for key, tensor in state.items()}, folder / "ltx.safetensors")
+    transformer = save_ltx(folder / "ltx.safetensors")
     save_text_file(folder / "text.safetensors", text_encoder(umt5=False))
     whole = save_folder(folder / "whole", {"_class_name": "LTXPipeline"}, SCHEDULER, transformer=transformer,
                         vae=tiny_vae(), text_encoder=text_encoder(umt5=False))  # fmt: skip

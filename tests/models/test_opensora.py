@@ -24,7 +24,6 @@ from vader_nodes.vader_backend.memory.gradient_checkpointing import gradient_che
 from vader_nodes.vader_backend.models import opensora
 from vader_nodes.vader_backend.models._opensora_vae import VideoAutoencoder
 from vader_nodes.vader_backend.models._stdit3 import Architecture, STDiT3
-from vader_nodes.vader_backend.models.base import Defaults
 from vader_nodes.vader_backend.models.opensora import Config, OpenSora, build, clean, sampling_times, scored
 from vader_nodes.vader_backend.sampling import guided_prediction
 from vader_nodes.vader_backend.types import VideoSpec
@@ -104,7 +103,7 @@ def test_a_folder_is_recognised_and_built(original: Path, model: OpenSora) -> No
     assert model.denoiser.arch == TINY
     assert float(model.vae.scale[0, 0]) == pytest.approx(3.85)
     assert not any(p.requires_grad for network in model.parts().values() for p in network.parameters())
-    assert model.defaults == Defaults(PUBLISHED, steps=30, guidance=7.0, rank=16, learning_rate=2e-4)
+    assert model.defaults == opensora.PUBLISHED
 
 
 def test_latents_of_published_sizes(model: OpenSora) -> None:
@@ -280,7 +279,7 @@ def test_checkpointing_leaves_the_gradients_equal(model: OpenSora) -> None:
     def gradients() -> list[Tensor]:
         return list(torch.autograd.grad(model.predict(z, 500, cond).square().mean(), list(parameters.values())))
 
-    with attached(model, LoraConfig(rank=2), seed=0) as parameters:
+    with attached(model, LoraConfig(rank=2, alpha=2.0, dropout=0.0), seed=0) as parameters:
         for parameter in parameters.values():
             parameter.data.normal_(std=0.2)
         plain = gradients()
@@ -292,7 +291,7 @@ def test_checkpointing_leaves_the_gradients_equal(model: OpenSora) -> None:
 
 def test_lora_goes_on_the_published_layers_and_comes_back(model: OpenSora) -> None:
     z, cond = noise(model), conditions(model, "a", "b")
-    with attached(model, LoraConfig(rank=2), seed=0) as parameters, torch.no_grad():
+    with attached(model, LoraConfig(rank=2, alpha=2.0, dropout=0.0), seed=0) as parameters, torch.no_grad():
         modules = {name.rpartition(".lora_")[0] for name in parameters}
         for parameter in parameters.values():
             parameter.normal_(std=0.2)

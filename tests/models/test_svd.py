@@ -98,7 +98,7 @@ def test_every_weight_of_the_published_unet_is_used() -> None:
     assert list(unet.config.num_attention_heads) == [5, 10, 20, 20]
 
     modules = [name for name, module in unet.named_modules() if isinstance(getattr(module, "weight", None), Tensor)]
-    theirs = [svd.comfy_module(name) for name in modules]
+    theirs = [keys.unet_key(name) for name in modules]
     assert len(set(theirs)) == len(modules)
     assert {f"{keys.UNET}{name}.weight" for name in theirs} <= set(tensors)
     targets = [n for n, m in unet.named_modules() if ".attentions." in n and isinstance(m, nn.Linear)]
@@ -114,7 +114,7 @@ def test_comfy_names_are_those_of_its_table() -> None:
         "up_blocks.3.attentions.2.temporal_transformer_blocks.0.ff.net.2": "output_blocks.11.1.time_stack.0.ff.net.2",
         "mid_block.attentions.0.time_pos_embed.linear_2": "middle_block.1.time_pos_embed.2",
     }.items():
-        assert svd.comfy_module(ours) == theirs
+        assert keys.unet_key(ours) == theirs
 
 
 def test_autoencoder_and_image_encoder_equal_a_second_implementation(checkpoint: Path) -> None:

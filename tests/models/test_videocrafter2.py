@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_videocrafter2 import FIXTURES, save_tiny, tiny_tensors, write_tokenizer
 from torch import Tensor
 from vader_nodes.tools.parity import videocrafter2 as parity
 from vader_nodes.tools.parity.__main__ import compare
@@ -26,7 +27,6 @@ from vader_nodes.vader_backend.models.videocrafter2 import BUFFERS, Config, Vide
 from vader_nodes.vader_backend.process import VariancePreserving
 from vader_nodes.vader_backend.types import VideoSpec
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
 SOURCE = Path("model.ckpt")
 VIDEO = VideoSpec(frames=3, height=8, width=16, fps=24)
 ATTENTIONS = (".to_q", ".to_k", ".to_v", ".to_out.0")
@@ -109,34 +109,14 @@ def test_lora_modules_are_renamed_place_by_place() -> None:
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, Tensor]:
-    """The three fixtures as one checkpoint; the text's width is made that of the denoiser's cross-attention."""
-    merged = {"betas": torch.zeros(1000), "scale_arr": torch.ones(1400)}
-    for item in ("unet_wide", "vae", "text"):
-        merged |= read(FIXTURES / f"videocrafter2_{item}.json").weights
-    width = merged["cond_stage_model.model.ln_final.weight"].shape[0]
-    for key, tensor in merged.items():
-        if ".attn2.to_" in key and tensor.ndim == 2 and tensor.shape[1] < width:
-            merged[key] = tensor.repeat(1, 2)[:, :width].contiguous()
-    return merged
+    return tiny_tensors()
 
 
 @pytest.fixture(scope="module")
 def folder(tensors: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint as its authors publish it, with a tokenizer beside it."""
     path = tmp_path_factory.mktemp("VideoCrafter2")
-    torch.save({"state_dict": tensors, "global_step": 1}, path / "model.ckpt")
-    write_tokenizer(path / "tokenizer", tensors["cond_stage_model.model.token_embedding.weight"].shape[0])
+    save_tiny(path, tensors)
     return path
-
-
-def write_tokenizer(folder: Path, size: int) -> None:
-    folder.mkdir()
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters)]
-    words += [f"<spare{i}>" for i in range(size - len(words) - 2)]
-    words += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -221,11 +201,12 @@ def test_an_empty_folder_is_told(tmp_path: Path) -> None:
 
 
 def test_published_settings(model: VideoCrafter2) -> None:
-    schedule = model.process.schedule(model.defaults.steps, model.defaults.video)
+    published = videocrafter2.PUBLISHED
+    schedule = model.process.schedule(published.steps, published.video)
     assert schedule.timesteps == tuple(float(t) for t in range(961, 0, -40))
     assert schedule.fresh_noise(24, 1.0) == pytest.approx(0.0206, abs=1e-4)
-    assert (model.defaults.guidance, model.defaults.rank, model.defaults.learning_rate) == (12, 16, 2e-4)
-    assert model.defaults.video == VideoSpec(12, 320, 512, 24)
+    assert (published.guidance, published.rank, published.learning_rate) == (12, 16, 2e-4)
+    assert published.video == VideoSpec(12, 320, 512, 24)
 
 
 def test_everything_is_frozen(model: VideoCrafter2) -> None:
@@ -257,7 +238,7 @@ def test_conditioning_names_the_frames_per_second(model: VideoCrafter2) -> None:
     assert cond.positive["text"].shape == cond.negative["text"].shape == (2, 13, 32)
     assert cond.positive["fps"].tolist() == cond.negative["fps"].tolist() == [24, 24]
     assert not torch.equal(cond.positive["text"][0], cond.negative["text"][0])
-    with pytest.raises(InputError, match="no images"):
+    with pytest.raises(InputError, match="not from Image Prompts"):
         model.encode(["a cat"], VIDEO, images=torch.zeros(1, 3, 8, 8))
 
 

@@ -14,8 +14,9 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from safetensors.torch import load_file, save_file
+from tiny_files import save_image_encoder, save_wan, wan_names, wan_vae_names
 from tiny_flow import original_shapes, original_state, save_folder, save_text_file, text_encoder
-from tiny_wan import EULER, VIDEO, noise_for, picture, tiny_image_encoder, tiny_transformer, tiny_vae, tiny_vae_2_2
+from tiny_wan import EULER, VIDEO, noise_for, picture, tiny_transformer, tiny_vae, tiny_vae_2_2
 from torch import Tensor
 from vader_nodes.vader_backend.config import InputError
 from vader_nodes.vader_backend.models import _t5, _wan_keys, wan
@@ -61,26 +62,12 @@ def test_every_key_of_a_published_autoencoder_finds_its_place(item: str) -> None
     assert {k: t.shape for k, t in renamed.items()} == {k: t.shape for k, t in network.state_dict().items()}
 
 
-def transformer_names(item: str, layers: int) -> dict[str, str]:
-    """Original key -> diffusers' name, for a transformer of fewer layers."""
-    keys = [k for k in original_shapes(item) if not k.startswith("blocks.") or int(k.split(".")[1]) < layers]
-    return {key: next(iter(convert_wan_transformer_to_diffusers({key: torch.empty(0)}))) for key in keys}
-
-
-def vae_names(item: str) -> dict[str, str]:
-    if item == "wan2.2 vae":
-        return {key: _wan_keys.vae_key(key) for key in original_shapes(item)}
-    return {key: next(iter(convert_wan_vae_to_diffusers({key: torch.empty(0)}))) for key in original_shapes(item)}
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A transformer with ComfyUI's prefix, an autoencoder and a text encoder, each in a file of its own."""
     folder = tmp_path_factory.mktemp("files")
-    transformer = tiny_transformer(head_dim=128, num_attention_heads=1)
-    state = original_state(transformer, transformer_names("wan2.1 t2v 1.3B", 2))
-    save_file({f"model.diffusion_model.{key}": tensor for key, tensor in state.items()}, folder / "wan.safetensors")
-    save_file(original_state(tiny_vae(), vae_names("wan2.1 vae")), folder / "vae.safetensors")
+    transformer = save_wan(folder / "wan.safetensors")
+    save_file(original_state(tiny_vae(), wan_vae_names("wan2.1 vae")), folder / "vae.safetensors")
     save_text_file(folder / "text.safetensors", text_encoder(umt5=True))
     whole = save_folder(folder / "whole", {"_class_name": "WanPipeline"}, EULER, transformer=transformer,
                         vae=tiny_vae(), text_encoder=text_encoder(umt5=True))  # fmt: skip
@@ -120,14 +107,8 @@ def test_precision_is_held_as_from_a_folder(files: dict[str, str], dtype: str) -
 
 
 def test_an_image_to_video_model_is_read_from_files(files: dict[str, str], tmp_path: Path) -> None:
-    transformer = tiny_transformer(
-        head_dim=128, num_attention_heads=1, in_channels=36, image_dim=160, added_kv_proj_dim=128
-    )
-    save_file(original_state(transformer, transformer_names("wan2.1 i2v 14B", 2)), tmp_path / "i2v.safetensors")
-    encoder = tiny_image_encoder(160)
-    state = {f"vision_model.{k.removeprefix('vision_model.')}": t for k, t in encoder.state_dict().items()}
-    state["vision_model.embeddings.position_ids"] = torch.arange(5)[None]
-    save_file(state | {"visual_projection.weight": torch.zeros(2, 160)}, tmp_path / "clip.safetensors")
+    transformer = save_wan(tmp_path / "i2v.safetensors", images=True)
+    encoder = save_image_encoder(tmp_path / "clip.safetensors")
     settings = files | {
         "folder": str(tmp_path / "i2v.safetensors"),
         "image_encoder": str(tmp_path / "clip.safetensors"),
@@ -153,7 +134,7 @@ def test_an_image_to_video_model_is_read_from_files(files: dict[str, str], tmp_p
 
 def test_half_of_a_two_expert_model_is_refused(files: dict[str, str], tmp_path: Path) -> None:
     transformer = tiny_transformer(head_dim=128, num_attention_heads=1, in_channels=36)
-    save_file(original_state(transformer, transformer_names("wan2.1 t2v 1.3B", 2)), tmp_path / "high.safetensors")
+    save_file(original_state(transformer, wan_names("wan2.1 t2v 1.3B", 2)), tmp_path / "high.safetensors")
     with pytest.raises(InputError, match="half of"):
         wan.build(Config(**files | {"folder": str(tmp_path / "high.safetensors")}))
 
@@ -181,7 +162,7 @@ def test_a_missing_sentencepiece_is_one_sentence(monkeypatch: pytest.MonkeyPatch
 
 def test_wan_2_2s_autoencoder_is_read_from_its_original_file(tmp_path: Path) -> None:
     vae = tiny_vae_2_2(48)
-    save_file(original_state(vae, vae_names("wan2.2 vae")), tmp_path / "vae.safetensors")
+    save_file(original_state(vae, wan_vae_names("wan2.2 vae")), tmp_path / "vae.safetensors")
     found = _wan_keys.read_vae(tmp_path / "vae.safetensors", torch.float32)
     z = torch.randn(1, 48, 2, 2, 2)
     with torch.no_grad():

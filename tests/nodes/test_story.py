@@ -103,7 +103,7 @@ def test_no_prompts_for_the_chosen_part(base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "word"), [(b"", "not whole"), (b"\x80\x04garbage", "not whole"), (b"{}" * 50, "not whole")]
+    ("content", "word"), [(b"", "truncated"), (b"\x80\x04garbage", "a pickle"), (b"{}" * 50, "truncated")]
 )
 def test_damaged_lora_files_are_refused(base: Path, content: bytes, word: str) -> None:
     path = base / "models" / "loras" / "broken.safetensors"

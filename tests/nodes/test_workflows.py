@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 from vader_nodes.nodes import NODE_CLASS_MAPPINGS, graph, validate, workflow
 from vader_nodes.tools import frontend, workflows
+from vader_nodes.vader_backend import registry
+from vader_nodes.vader_backend.config import InputError
 
 NAMES = [path.stem for path in workflows.sources()]
+DOWNLOADS = {path.stem: found for path in workflows.sources() if (found := workflows.downloads(path))}
 
 
 def read(path: Path) -> Any:
@@ -27,11 +30,61 @@ def page() -> Iterator[Any]:
         yield page
 
 
+def inputs(class_type: str) -> dict[str, Any]:
+    """A class's inputs by name, as it declares them."""
+    parts = NODE_CLASS_MAPPINGS[class_type].INPUT_TYPES().values()
+    return {name: entry for part in parts for name, entry in part.items()}
+
+
+def default(entry: Any) -> Any:
+    return entry[1].get("default", entry[0][0])
+
+
+def embed(nodes: dict[str, workflow.Node], models: list[dict[str, str]]) -> set[str]:
+    """Set every input that names a download, or the folder it lies in, to its default; the downloads so named."""
+    found = set()
+    for node in nodes.values():
+        for key, value in node.inputs.items():
+            named = {model["name"] for model in models if value in (model["name"], model["name"].partition("/")[0])}
+            if named:
+                node.inputs[key] = default(inputs(node.class_type)[key])
+                found |= named
+    return found
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_shipped_workflows_are_sound(name: str) -> None:
+def test_shipped_workflows_are_sound(name: str, empty_base: Path) -> None:
+    """Those of the real models too, once what they name is there."""
+    pictures = empty_base / "input" / "start_images"
+    pictures.mkdir(parents=True)
+    (pictures / "a_red_kite.png").touch()
     nodes = workflow.load(workflows.FOLDER / "api" / f"{name}.json")
+    models = DOWNLOADS.get(name, [])
+    assert embed(nodes, models) == {model["name"] for model in models}
     validate.check(nodes, NODE_CLASS_MAPPINGS)
     assert len(graph.order(nodes, NODE_CLASS_MAPPINGS)) == len(nodes)
+
+
+@pytest.mark.parametrize("name", DOWNLOADS)
+def test_a_workflow_without_its_downloads_is_refused(name: str, empty_base: Path) -> None:
+    with pytest.raises(InputError, match="clip-vit-large-patch14"):
+        validate.check(workflow.load(workflows.FOLDER / "api" / f"{name}.json"), NODE_CLASS_MAPPINGS)
+
+
+@pytest.mark.parametrize("name", DOWNLOADS)
+def test_a_canvas_file_says_where_its_downloads_are(name: str) -> None:
+    drawn = read(workflows.FOLDER / f"{name}.json")
+    stated = [model for node in drawn["nodes"] for model in node["properties"].get("models", [])]
+    assert stated == DOWNLOADS[name]
+    notes = "\n".join(str(node["widgets_values"]) for node in drawn["nodes"] if node["type"] == "MarkdownNote")
+    for model in stated:
+        assert model["url"].startswith("https://")
+        assert model["url"].split("/")[2] in notes
+        assert f"models/{model['directory']}" in notes
+
+
+def test_each_family_has_its_quickstart() -> None:
+    assert {f"quickstart_{family}" for family in registry.names("models")} == set(DOWNLOADS)
 
 
 def test_each_workflow_has_its_source() -> None:
@@ -48,14 +101,10 @@ def test_the_api_file_says_what_the_source_says(name: str) -> None:
     for key, node in wanted.items():
         assert {**shipped[key], "inputs": {**shipped[key]["inputs"], **node["inputs"]}} == shipped[key]
         assert shipped[key]["class_type"] == node["class_type"]
-        declared = {
-            name: entry
-            for part in NODE_CLASS_MAPPINGS[node["class_type"]].INPUT_TYPES().values()
-            for name, entry in part.items()
-        }
+        declared = inputs(node["class_type"])
         for name, value in shipped[key]["inputs"].items():
             if name not in node["inputs"]:
-                assert value == declared[name][1].get("default", declared[name][0][0]), f"{key}.{name}"
+                assert value == default(declared[name]), f"{key}.{name}"
 
 
 @pytest.mark.parametrize("name", NAMES)

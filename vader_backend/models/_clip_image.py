@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from ..config import InputError
-from ..loading import load_frozen
-from ._single_file import build_from, count_blocks, read_weights
+from ..loading import load_frozen, reading
+from ._single_file import build_from, count_blocks, read_weights, shapes
 
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 _HEAD_DIM = 80
 _PREFIX = "vision_model."
+_MARK = "embeddings.patch_embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class CLIPImage:
         return self.encoder(pixels, output_hidden_states=True).hidden_states[-2].float()
 
 
+def is_image_encoder(path: Path, width: int) -> bool:
+    """Whether a file holds a vision encoder of so many channels, under transformers' names."""
+    return shapes(path).get(_PREFIX + _MARK, ())[:1] == (width,)
+
+
 def read_image_encoder(path: str, dtype: torch.dtype) -> CLIPImage:
     """The vision encoder from a transformers folder or from a file with the same names in it.
 
@@ -54,10 +60,10 @@ def read_image_encoder(path: str, dtype: torch.dtype) -> CLIPImage:
         return CLIPImage(load_frozen(CLIPVisionModel, Path(path), dtype, "image encoder"))
     tensors = read_weights(Path(path), dtype, "image encoder")
     tensors = {k.removeprefix(_PREFIX): v for k, v in tensors.items() if k.startswith(_PREFIX)}
-    if "embeddings.patch_embedding.weight" not in tensors:
+    if _MARK not in tensors:
         raise InputError(f"{Path(path).name} is no CLIP vision encoder in transformers' layout; choose another file.")
-    config = _config(tensors)
-    with init_empty_weights():
+    with reading("image encoder", Path(path)), init_empty_weights():
+        config = _config(tensors)
         names = list(CLIPVisionModel(config).state_dict())
     named = {f"{_PREFIX}{k}" if names[0].startswith(_PREFIX) else k: v for k, v in tensors.items()}
     named = {key: tensor for key, tensor in named.items() if key in names or not key.endswith("position_ids")}
@@ -66,7 +72,7 @@ def read_image_encoder(path: str, dtype: torch.dtype) -> CLIPImage:
 
 def _config(tensors: dict[str, Tensor]) -> CLIPVisionConfig:
     """Sizes from shapes; the layers' width, in heads of 80 channels, is ViT-H's."""
-    width, _, patch, _ = tensors["embeddings.patch_embedding.weight"].shape
+    width, _, patch, _ = tensors[_MARK].shape
     places = len(tensors["embeddings.position_embedding.weight"]) - 1
     return CLIPVisionConfig(
         hidden_size=width,

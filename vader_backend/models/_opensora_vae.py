@@ -18,7 +18,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from einops import rearrange
 from torch import Tensor, nn
 
-_IMAGE_SCALE = 0.18215  # the published code's own, whatever the image autoencoder's configuration says
+IMAGE_SCALE = 0.18215  # the published code's own, whatever the image autoencoder's configuration says
 _SPATIAL: dict[str, Any] = {
     "in_channels": 3,
     "out_channels": 3,
@@ -113,7 +113,7 @@ class VideoAutoencoder(nn.Module):
         network: Any = self.spatial_vae["module"]
         frames = video_BCTHW.transpose(1, 2).flatten(0, 1)
         moments = [network.encode(part).latent_dist.parameters for part in frames.split(self.batch)]
-        latents = _draw(torch.cat(moments), noise) * _IMAGE_SCALE
+        latents = _draw(torch.cat(moments), noise) * IMAGE_SCALE
         return latents.unflatten(0, (len(video_BCTHW), -1)).transpose(1, 2)
 
     def decode(self, z_BCTHW: Tensor, indices: Sequence[int], frames: int | None = None) -> Tensor:
@@ -132,12 +132,12 @@ class VideoAutoencoder(nn.Module):
             inside = [i - first for i in wanted if 0 <= i - first < self.window]
             if inside:
                 images.append(self.temporal_vae.decode(part, min(self.window, total - first))[:, :, inside])
-        decoded = self._decode_images(torch.cat(images, dim=2))
+        decoded = self.decode_images(torch.cat(images, dim=2))
         return decoded[:, :, [wanted.index(i) for i in indices]]
 
-    def _decode_images(self, latents_BCTHW: Tensor) -> Tensor:
+    def decode_images(self, latents_BCTHW: Tensor) -> Tensor:
         network: Any = self.spatial_vae["module"]
-        latents = latents_BCTHW.transpose(1, 2).flatten(0, 1) / _IMAGE_SCALE
+        latents = latents_BCTHW.transpose(1, 2).flatten(0, 1) / IMAGE_SCALE
         frames = torch.cat([network.decode(part).sample for part in latents.split(self.batch)])
         return frames.unflatten(0, (len(latents_BCTHW), -1)).transpose(1, 2)
 

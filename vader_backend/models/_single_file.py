@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import InputError
 from ..loading import build_frozen, read_tensors
+from ..precision import give_back, kept_in_float32
 
 Shapes = Mapping[str, tuple[int, ...]]
 _DENOISER = ("model.diffusion_model.", "diffusion_model.")
@@ -21,12 +24,36 @@ _SCALES = ("weight_scale", "scale_weight")
 _QUANTISATION = (*_SCALES, "scaled_fp8", "comfy_quant", "scale_input", "input_scale", "weight_scale_2")
 
 
-def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor of a .safetensors file, read from its header alone; empty for anything else."""
+@dataclass(frozen=True)
+class Part:
+    """A network or tokenizer that a checkpoint needs, and that lies elsewhere.
+
+    field: of the family's Config. what: how its users know it. fits: whether a path holds it, judged without loading.
+    """
+
+    field: str
+    what: str
+    fits: Callable[[Path], bool]
+
+
+def shapes(path: Path) -> Shapes:
+    """Shape of every tensor of a .safetensors file, read from its header alone; empty for anything else.
+
+    A header is opened for NumPy: PyTorch would ask for as much memory as the file is large.
+    """
+    try:
+        state = path.stat()
+    except OSError:
+        return {}
+    return _shapes(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=32)
+def _shapes(path: Path, _mtime: int, _size: int) -> Shapes:
     if path.suffix != ".safetensors" or not path.is_file():
         return {}
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError):
         return {}
@@ -35,7 +62,7 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def file_config(path: Path, part: str) -> dict[str, Any]:
     """What a file's metadata says under "config" about one of its networks; empty where it says nothing."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             return dict(json.loads((file.metadata() or {}).get("config", "{}")).get(part, {}))
     except (OSError, SafetensorError, ValueError, AttributeError, TypeError):
         return {}
@@ -85,7 +112,9 @@ def _unscaled(tensor: Tensor, scale: Tensor | None, twice: bool, dtype: torch.dt
             f"The {what} in {path} is quantised in a way that cannot be read (only fp8 with a scale per weight or "
             "per row can); use its fp16 or bf16 version."
         )
-    return (tensor.float() * scale.float().reshape(-1, *[1] * (tensor.ndim - 1))).to(dtype)
+    result = (tensor.float() * scale.float().reshape(-1, *[1] * (tensor.ndim - 1))).to(dtype)
+    give_back(tensor)
+    return result
 
 
 def build_from(
@@ -103,11 +132,4 @@ def build_from(
     def make() -> nn.Module:
         return cls(**config) if isinstance(config, dict) else cls(config)
 
-    module = build_frozen(make, tensors, dtype, what, source)
-    kept = tuple(cls._keep_in_fp32_modules or ())
-    if dtype == torch.float32 or (dtype == torch.bfloat16 and not isinstance(config, dict)):
-        return module
-    for name, parameter in module.named_parameters():
-        if set(kept) & set(name.split(".")):
-            parameter.data = tensors[name].float()
-    return module
+    return build_frozen(make, tensors, dtype, what, source, kept=kept_in_float32(cls, dtype))

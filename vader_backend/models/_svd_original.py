@@ -1,9 +1,13 @@
-"""Stable Video Diffusion's networks from the original single file; shapes tell the architecture."""
+"""Stable Video Diffusion's networks from the original single file; shapes tell the architecture.
+
+What shapes do not tell is as published, unless the file's metadata says otherwise (see `_single_file.file_config`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -14,7 +18,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from ..config import InputError
 from ..loading import build_frozen, reading
 from . import _svd_keys as keys
-from ._single_file import read_weights
+from ._single_file import file_config, read_weights
 
 _EPSILON = 1e-5
 
@@ -32,17 +36,25 @@ def networks(path: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
                 f"{path.name} is not the whole checkpoint: it has no weights under {prefix.rstrip('.')}. "
                 "Download svd.safetensors or svd_xt.safetensors."
             )
-    frames = 25 if "xt" in path.stem.lower() else 14
+    unet = {"num_frames": 25 if "xt" in path.stem.lower() else 14, **file_config(path, "unet")}
     with reading("Stable Video Diffusion checkpoint", path):
         return {
-            "denoiser": build_unet(keys.section(tensors, keys.UNET), dtype, path, num_frames=frames),
+            "denoiser": build_unet(keys.section(tensors, keys.UNET), dtype, path, **unet),
             "vae": build_vae(keys.vae_tensors(tensors), dtype, path),
-            "image_encoder": build_image_encoder(keys.section(tensors, keys.IMAGE_ENCODER), dtype, path),
+            "image_encoder": build_image_encoder(
+                keys.section(tensors, keys.IMAGE_ENCODER), dtype, path, **file_config(path, "image_encoder")
+            ),
         }
 
 
 def build_unet(
-    tensors: Mapping[str, Tensor], dtype: torch.dtype, source: Path, *, head_channels: int = 64, num_frames: int = 25
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    source: Path,
+    *,
+    head_channels: int = 64,
+    num_frames: int = 25,
+    sample_size: int = 96,
 ) -> UNetSpatioTemporalConditionModel:
     """The denoiser from its original keys, without prefix; its architecture is read off their shapes.
 
@@ -53,7 +65,7 @@ def build_unet(
     plain = frozenset(i for i, kind in enumerate(config["up_block_types"]) if not kind.startswith("CrossAttn"))
 
     def make() -> nn.Module:
-        return UNetSpatioTemporalConditionModel(**config, num_frames=num_frames, sample_size=96)
+        return UNetSpatioTemporalConditionModel(**config, num_frames=num_frames, sample_size=sample_size)
 
     def original(name: str) -> str:
         return keys.unet_key(name, config["layers_per_block"], plain)
@@ -79,11 +91,11 @@ def build_vae(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: Path) -
 
 
 def build_image_encoder(
-    tensors: Mapping[str, Tensor], dtype: torch.dtype, source: Path
+    tensors: Mapping[str, Tensor], dtype: torch.dtype, source: Path, **stated: Any
 ) -> CLIPVisionModelWithProjection:
-    """The image encoder from open_clip's keys, without prefix."""
+    """The image encoder from open_clip's keys, without prefix; `stated` are arguments of CLIPVisionConfig."""
     tensors = keys.image_tensors(tensors)
-    config = CLIPVisionConfig(**keys.image_config(tensors))
+    config = CLIPVisionConfig(**{**keys.image_config(tensors), **stated})
 
     def make() -> nn.Module:
         return CLIPVisionModelWithProjection(config)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5Config, UM
 
 from ..config import InputError
 from ..loading import load_frozen, reading
-from ._single_file import build_from, count_blocks, read_weights
+from ..precision import converted
+from ._single_file import Part, build_from, count_blocks, read_weights, shapes
 
 _BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+_UMT5_BIAS = _BIAS.replace("block.0", "block.1")  # T5 has it in the first block only
+_EMBEDDING = "shared.weight"
 _SENTENCEPIECE = "spiece_model"
+_PADDING = 128  # an embedding has rows to spare, up to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,34 @@ def read_text(encoder: Path, tokenizer: str, dtype: torch.dtype, length: int, *,
     return T5Text(network, sentencepiece_tokenizer(model), length)
 
 
+def lacking_text(encoder: str, tokenizer: str, width: int, *, umt5: bool) -> Part | None:
+    """What is still to be named of a text encoder and its tokenizer.
+
+    Args:
+        encoder, tokenizer: as for `read_text`, empty where they are not named yet.
+        width: channels of the text states that the denoiser takes.
+    """
+    name = "UMT5" if umt5 else "T5 v1.1"
+    if not encoder:
+        return Part("text_encoder", f"a {name} text encoder", lambda path: _is_encoder(path, width, umt5=umt5))
+    found = shapes(Path(encoder))
+    if tokenizer or _EMBEDDING not in found or _SENTENCEPIECE in found:
+        return None
+    rows = found[_EMBEDDING][0]
+    return Part("tokenizer", f"{name}'s tokenizer (tokenizer.json)", lambda path: _is_tokenizer(path, rows))
+
+
+def _is_encoder(path: Path, width: int, *, umt5: bool) -> bool:
+    found = shapes(path)
+    return _BIAS in found and (_UMT5_BIAS in found) is umt5 and found[_EMBEDDING][1] == width
+
+
+def _is_tokenizer(folder: Path, rows: int) -> bool:
+    """Whether its vocabulary is of the size of an embedding with so many rows."""
+    size = len(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
+    return rows - _PADDING < size <= rows
+
+
 def load_tokenizer(folder: Path) -> Tokenizer:
     """A transformers tokenizer from a local folder. Raises InputError where there is none."""
     if not folder.is_dir():
@@ -137,22 +170,30 @@ def t5_network(tensors: dict[str, Tensor], dtype: torch.dtype, source: Path, *, 
     Raises:
         InputError: the file is of another kind.
     """
-    if _BIAS not in tensors or "shared.weight" not in tensors:
+    if _BIAS not in tensors or _EMBEDDING not in tensors:
         raise InputError(f"The text encoder {source.name} is not a T5 encoder (it has no {_BIAS}); choose another.")
-    layer = "encoder.block.0.layer"
-    buckets, heads = tensors[_BIAS].shape
-    vocabulary, width = tensors["shared.weight"].shape
-    config = (UMT5Config if umt5 else T5Config)(
-        vocab_size=vocabulary,
-        d_model=width,
-        d_kv=len(tensors[f"{layer}.0.SelfAttention.q.weight"]) // heads,
-        d_ff=len(tensors[f"{layer}.1.DenseReluDense.wi_0.weight"]),
-        num_layers=count_blocks(tensors, "encoder.block."),
-        num_heads=heads,
-        relative_attention_num_buckets=buckets,
-        feed_forward_proj="gated-gelu",
-    )
-    shared = tensors["shared.weight"].to(dtype)
-    tied = {"shared.weight": shared, "encoder.embed_tokens.weight": shared}
+    if (_UMT5_BIAS in tensors) is not umt5 and count_blocks(tensors, "encoder.block.") > 1:
+        found, needed = ("T5 v1.1", "UMT5") if umt5 else ("UMT5", "T5 v1.1")
+        raise InputError(f"The text encoder {source.name} is {found}, but this model needs {needed}; choose another.")
+    with reading("text encoder", source):
+        config = (UMT5Config if umt5 else T5Config)(**_sizes(tensors), feed_forward_proj="gated-gelu")
+    shared = converted(tensors[_EMBEDDING], dtype)
+    tied = {_EMBEDDING: shared, "encoder.embed_tokens.weight": shared}
     cls = UMT5EncoderModel if umt5 else T5EncoderModel
     return build_from(cls, config, {**tensors, **tied}, dtype, "text encoder", source)
+
+
+def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """What the shapes tell of a configuration. Raises KeyError where a weight is missing."""
+    layer = "encoder.block.0.layer"
+    buckets, heads = tensors[_BIAS].shape
+    vocabulary, width = tensors[_EMBEDDING].shape
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": len(tensors[f"{layer}.0.SelfAttention.q.weight"]) // heads,
+        "d_ff": len(tensors[f"{layer}.1.DenseReluDense.wi_0.weight"]),
+        "num_layers": count_blocks(tensors, "encoder.block."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+    }

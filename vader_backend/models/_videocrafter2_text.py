@@ -18,6 +18,7 @@ from ..config import InputError
 from ..loading import build_frozen, reading
 
 _HEAD_WIDTH = 64
+_START = '"<|startoftext|>"'
 _UNUSED = ("text_projection", "logit_scale")
 
 _RULES = (
@@ -93,21 +94,34 @@ def read_tokenizer(checkpoint: Path, folder: str, vocabulary: int) -> CLIPTokeni
     Raises:
         InputError: there is none, or it is another model's.
     """
-    places = [Path(folder)] if folder else [checkpoint.parent / "tokenizer", checkpoint.parent]
-    found = [p for p in places if (p / "vocab.json").is_file() and (p / "merges.txt").is_file()]
-    if not found:
+    found = Path(folder) if folder else tokenizer_beside(checkpoint)
+    if found is None or not is_tokenizer(found):
         raise InputError(
-            f"VideoCrafter2 has no tokenizer: put CLIP's vocab.json and merges.txt into {places[0]}, or name a "
-            f"folder that holds them (ComfyUI's own is comfy/sd1_tokenizer)."
+            f"VideoCrafter2 has no tokenizer: put CLIP's vocab.json and merges.txt into "
+            f"{found or checkpoint.parent / 'tokenizer'}, or name a folder that holds them (ComfyUI's own is "
+            "comfy/sd1_tokenizer)."
         )
-    with reading("tokenizer", found[0]):
-        tokenizer = CLIPTokenizer.from_pretrained(found[0], local_files_only=True)
+    with reading("tokenizer", found):
+        tokenizer = CLIPTokenizer.from_pretrained(found, local_files_only=True)
     if len(tokenizer) != vocabulary:
         raise InputError(
-            f"The tokenizer in {found[0]} has {len(tokenizer)} tokens, VideoCrafter2's text encoder {vocabulary}; "
+            f"The tokenizer in {found} has {len(tokenizer)} tokens, VideoCrafter2's text encoder {vocabulary}; "
             f"choose the one of CLIP."
         )
     return tokenizer
+
+
+def tokenizer_beside(checkpoint: Path) -> Path | None:
+    """The tokenizer's folder that comes with a checkpoint, if any does."""
+    return next(filter(is_tokenizer, (checkpoint.parent / "tokenizer", checkpoint.parent)), None)
+
+
+def is_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds CLIP's tokenizer, which other models' files of the same names are not."""
+    try:
+        return (folder / "merges.txt").is_file() and _START in (folder / "vocab.json").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str], length: int) -> Tensor:

@@ -21,7 +21,7 @@ _HEADS_OF_FIRST_ATTENTION = 8
 _UNTOLD_FPS = 16.0
 _PUBLISHED_LAYERS = 2
 
-_ENDS = {
+ENDS = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
     "fps_embedding.0": "time_embedding.fps.linear_1",
@@ -31,7 +31,7 @@ _ENDS = {
     "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
-_RESNET = {
+RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
     "emb_layers.1": "time_emb_proj",
@@ -39,7 +39,7 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-_KINDS = ("resnets", "attentions", "temp_attentions", "upsamplers")
+KINDS = ("resnets", "attentions", "temp_attentions", "upsamplers")
 
 
 class TimeAndFpsEmbedding(TimestepEmbedding):
@@ -72,8 +72,8 @@ def build_unet(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: Path) 
     """
     with reading("denoiser", source):
         config = architecture(tensors)
-    layers = config["layers_per_block"]
-    named = {diffusers_name(key, layers): _as_linear(key, tensor) for key, tensor in tensors.items()}
+        layers = config["layers_per_block"]
+        named = {diffusers_name(key, layers): _as_linear(key, tensor) for key, tensor in tensors.items()}
     return build_frozen(lambda: make_unet(**config), named, dtype, "denoiser", source)
 
 
@@ -99,7 +99,7 @@ def diffusers_name(name: str, layers: int = _PUBLISHED_LAYERS) -> str:
     Args:
         layers: residual layers per level.
     """
-    for old, new in _ENDS.items():
+    for old, new in ENDS.items():
         if name == old or name.startswith(old + "."):
             return new + name.removeprefix(old)
     if found := re.fullmatch(r"middle_block\.(\d+)\.(.+)", name):
@@ -130,10 +130,10 @@ def _in_block(block: str, layer: int, part: int, rest: str) -> str:
     if part == 0 and head == "temopral_conv":
         return f"{block}.temp_convs.{layer}.{tail}"
     if part == 0:
-        for old, new in _RESNET.items():
+        for old, new in RESNET.items():
             if rest == old or rest.startswith(old + "."):
                 rest = new + rest.removeprefix(old)
-    return f"{block}.{_KINDS[part]}.{layer}.{rest}"
+    return f"{block}.{KINDS[part]}.{layer}.{rest}"
 
 
 def _levels(tensors: Mapping[str, Tensor]) -> list[list[int]]:

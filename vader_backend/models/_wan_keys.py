@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,14 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 
 from ..config import InputError
-from ._single_file import Shapes, build_from, count_blocks, read_weights, without_prefix
+from ..loading import reading
+from ._clip_image import is_image_encoder
+from ._single_file import Part, Shapes, build_from, count_blocks, read_weights, shapes, without_prefix
+from ._t5 import lacking_text
 
 _HEAD_DIM = 128
+_CHANNELS_2_1 = 16
+_VAE_PREFIXES = ("vae.", "first_stage_model.")
 _MARK = "head.modulation"
 _VARIANTS = ("vace_", "face_adapter.", "motion_encoder.", "control_adapter.", "audio_", "casual_audio", "ref_conv",
              "img_emb.emb_pos", "patch_embedding_")  # fmt: skip
@@ -57,9 +64,9 @@ _VAE_PARTS = (
 )
 
 
-def is_wan(shapes: Shapes) -> bool:
+def is_wan(found: Shapes) -> bool:
     """Whether a file's tensors are those of a Wan text- or image-to-video transformer."""
-    keys = without_prefix(shapes)
+    keys = without_prefix(found)
     return _MARK in keys and not any(key.startswith(_VARIANTS) for key in keys)
 
 
@@ -72,28 +79,41 @@ def read_transformer(path: Path, dtype: torch.dtype) -> WanTransformer3DModel:
     tensors = without_prefix(read_weights(path, dtype, "denoiser"))
     if not is_wan({key: tuple(tensor.shape) for key, tensor in tensors.items()}):
         raise InputError(f"{path.name} is no Wan text- or image-to-video transformer; choose another file.")
-    config = transformer_config({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    renamed = convert_wan_transformer_to_diffusers(dict(tensors))
+    with reading("denoiser", path):
+        config = transformer_config({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        renamed = convert_wan_transformer_to_diffusers(dict(tensors))
     return build_from(WanTransformer3DModel, config, renamed, dtype, "denoiser", path)
 
 
-def transformer_config(shapes: Shapes) -> dict[str, Any]:
+def lacking_part(path: Path, *, vae: str, text_encoder: str, tokenizer: str, image_encoder: str) -> Part | None:
+    """What is still to be named of the parts that a transformer file needs; empty is what is not named yet."""
+    config = transformer_config(without_prefix(shapes(path)))
+    if not vae:
+        version = "2.2" if config["out_channels"] > _CHANNELS_2_1 else "2.1"
+        return Part("vae", f"the Wan {version} autoencoder", lambda file: _vae_channels(file) == config["out_channels"])
+    if config["image_dim"] and not image_encoder:
+        what = "the CLIP vision encoder ViT-H"
+        return Part("image_encoder", what, partial(is_image_encoder, width=config["image_dim"]))
+    return lacking_text(text_encoder, tokenizer, config["text_dim"], umt5=True)
+
+
+def transformer_config(found: Shapes) -> dict[str, Any]:
     """Arguments of WanTransformer3DModel for the original keys; every published size has heads of 128 channels."""
-    width, channels, *patch = shapes["patch_embedding.weight"]
-    image = shapes.get("img_emb.proj.0.weight")
+    width, channels, *patch = found["patch_embedding.weight"]
+    image = found.get("img_emb.proj.0.weight")
     return {
         "patch_size": tuple(patch),
         "num_attention_heads": width // _HEAD_DIM,
         "attention_head_dim": _HEAD_DIM,
         "in_channels": channels,
-        "out_channels": shapes["head.head.weight"][0] // math.prod(patch),
-        "text_dim": shapes["text_embedding.0.weight"][1],
-        "freq_dim": shapes["time_embedding.0.weight"][1],
-        "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
-        "num_layers": count_blocks(shapes, "blocks."),
-        "cross_attn_norm": "blocks.0.norm3.weight" in shapes,
+        "out_channels": found["head.head.weight"][0] // math.prod(patch),
+        "text_dim": found["text_embedding.0.weight"][1],
+        "freq_dim": found["time_embedding.0.weight"][1],
+        "ffn_dim": found["blocks.0.ffn.0.weight"][0],
+        "num_layers": count_blocks(found, "blocks."),
+        "cross_attn_norm": "blocks.0.norm3.weight" in found,
         "image_dim": image[0] if image else None,
-        "added_kv_proj_dim": width if "blocks.0.cross_attn.k_img.weight" in shapes else None,
+        "added_kv_proj_dim": width if "blocks.0.cross_attn.k_img.weight" in found else None,
     }
 
 
@@ -103,23 +123,34 @@ def read_vae(path: Path, dtype: torch.dtype) -> AutoencoderKLWan:
     Raises:
         InputError: the file is of another kind or cannot be read.
     """
-    tensors = without_prefix(read_weights(path, dtype, "autoencoder"), ("vae.", "first_stage_model."))
-    if "encoder.conv1.weight" not in tensors or "conv2.weight" not in tensors:
+    tensors = without_prefix(read_weights(path, dtype, "autoencoder"), _VAE_PREFIXES)
+    if not _is_vae(tensors):
         raise InputError(f"{path.name} is no Wan autoencoder in its original layout; choose another file as vae.")
-    config = vae_config({key: tuple(tensor.shape) for key, tensor in tensors.items()})
-    residual = config.get("is_residual", False)
-    renamed = {vae_key(k): v for k, v in tensors.items()} if residual else convert_wan_vae_to_diffusers(dict(tensors))
+    with reading("autoencoder", path):
+        config = vae_config({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+        newer = config.get("is_residual", False)
+        renamed = {vae_key(k): v for k, v in tensors.items()} if newer else convert_wan_vae_to_diffusers(dict(tensors))
     return build_from(AutoencoderKLWan, config, renamed, dtype, "autoencoder", path)
 
 
-def vae_config(shapes: Shapes) -> dict[str, Any]:
+def _is_vae(keys: Collection[str]) -> bool:
+    return "encoder.conv1.weight" in keys and "conv2.weight" in keys
+
+
+def _vae_channels(path: Path) -> int | None:
+    """Latent channels of an autoencoder file; None for any other file."""
+    found = without_prefix(shapes(path), _VAE_PREFIXES)
+    return found["conv2.weight"][0] if _is_vae(found) else None
+
+
+def vae_config(found: Shapes) -> dict[str, Any]:
     """Arguments of AutoencoderKLWan for the original keys; what does not show in a shape is as published."""
     config: dict[str, Any] = {
-        "base_dim": shapes["encoder.conv1.weight"][0],
-        "decoder_base_dim": shapes["decoder.head.2.weight"][1],
-        "z_dim": shapes["conv2.weight"][0],
+        "base_dim": found["encoder.conv1.weight"][0],
+        "decoder_base_dim": found["decoder.head.2.weight"][1],
+        "z_dim": found["conv2.weight"][0],
     }
-    if not any(key.startswith("decoder.upsamples.0.upsamples.") for key in shapes):
+    if not any(key.startswith("decoder.upsamples.0.upsamples.") for key in found):
         return config
     residual = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
     return {**config, **residual, "latents_mean": list(_MEAN_2_2), "latents_std": list(_STD_2_2)}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,25 @@ from ..config import InputError
 from ..process import Process
 from ..types import Conditioning, VideoSpec
 
+PATHS = ("folder", "vae", "text_encoder", "image_encoder", "tokenizer")  # fields of a Config that name files
+
 
 @dataclass(frozen=True)
 class Defaults:
     """The published settings of a family, offered wherever a setting is left at 0 or "auto".
 
     first_guidance: the guidance of the first frame where it rises linearly to `guidance` at the last one.
+    eta: fresh noise per sampling step. lora_scale: a LoRA's alpha / rank. dropout: on a LoRA's input.
     """
 
     video: VideoSpec
     steps: int
     guidance: float
     first_guidance: float | None = None
-    k: int = 1
+    eta: float = 0.0
     rank: int = 16
+    lora_scale: float = 1.0
+    dropout: float = 0.0
     learning_rate: float = 2e-4
 
 
@@ -46,11 +51,13 @@ class VideoModel(Protocol):
     """A text- or image-to-video diffusion model.
 
     name: how users know it. fingerprint: hash of the denoiser's weights (see `loading.fingerprint`).
+    settings: what was chosen at loading and changes the videos (see `settings_of`).
     lora_prefix: what stands before a module name in diffusers' LoRA files of this family.
     """
 
     name: str
     fingerprint: str
+    settings: Mapping[str, Any]
     denoiser: nn.Module
     process: Process
     blocks: Sequence[nn.Module]
@@ -105,6 +112,11 @@ class VideoModel(Protocol):
         ...
 
 
+def settings_of(config: Any) -> dict[str, Any]:
+    """A family's Config without the places of files, whose contents tell more."""
+    return {field.name: getattr(config, field.name) for field in fields(config) if field.name not in PATHS}
+
+
 def check_size(model: str, video: VideoSpec, multiple: int) -> None:
     """Raises InputError where height or width is no multiple of `multiple` pixels, or there is no frame."""
     for name, value in (("height", video.height), ("width", video.width)):
@@ -112,3 +124,9 @@ def check_size(model: str, video: VideoSpec, multiple: int) -> None:
             raise InputError(f"{name} is {value}; {model} needs a multiple of {multiple}.")
     if video.frames < 1:
         raise InputError(f"frames is {video.frames}; it must be at least 1.")
+
+
+def refuse_images(model: str, images: Tensor | None) -> None:
+    """Raises InputError where there are start images."""
+    if images is not None:
+        raise InputError(f"{model} makes videos from text here; take its prompts from Prompts, not from Image Prompts.")

@@ -21,10 +21,10 @@ from ..loading import DTYPES, fingerprint, load_frozen, names_pipeline, reading
 from ..process import Flow, Process
 from ..types import Conditioning, VideoSpec
 from ._flow import dynamic_spacing
-from ._ltx_keys import comfy_module, is_ltx, read_transformer, read_vae
-from ._single_file import file_config, read_weights, shapes
+from ._ltx_keys import comfy_module, is_ltx, lacking_part, read_transformer, read_vae
+from ._single_file import Part, file_config, read_weights, shapes
 from ._t5 import T5Text, load_text, read_text
-from .base import Defaults, LoraNames
+from .base import Defaults, LoraNames, settings_of
 
 _PIPELINES = ("LTXPipeline", "LTXImageToVideoPipeline")
 _TOKENS = 128
@@ -70,6 +70,14 @@ def matches(path: Path) -> bool:
     return names_pipeline(path, _PIPELINES)
 
 
+def lacking(config: Config) -> Part | None:
+    """The next part that a file does not hold and that is not named; a folder needs none."""
+    path = Path(config.folder)
+    if path.is_dir():
+        return None
+    return lacking_part(path, vae=config.vae, text_encoder=config.text_encoder, tokenizer=config.tokenizer)
+
+
 def build(config: Config) -> LTX:
     """Load the checkpoint onto the CPU.
 
@@ -79,7 +87,9 @@ def build(config: Config) -> LTX:
     check(config)
     path = Path(config.folder)
     parts = _from_folder(path, config) if path.is_dir() else _from_files(path, config)
-    return LTX(name=path.name if path.is_dir() else path.stem, decode_context=config.decode_context, **parts)
+    model = LTX(name=path.name if path.is_dir() else path.stem, decode_context=config.decode_context, **parts)
+    model.settings = settings_of(config)
+    return model
 
 
 def _from_folder(folder: Path, config: Config) -> dict[str, Any]:
@@ -136,6 +146,7 @@ class LTX:
         if denoiser.config.patch_size != 1 or denoiser.config.patch_size_t != 1:
             raise InputError(f"{name} groups latents into patches, which no LTX-Video does; choose another checkpoint.")
         self.name = name
+        self.settings: Mapping[str, Any] = {}
         self.denoiser = denoiser
         self.vae = vae
         self.text = text

@@ -6,23 +6,23 @@ Source: Wang et al. 2023; diffusers' TextToVideoSDPipeline. The mini text-to-vid
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..config import InputError, check, option
+from ..config import check, option
 from ..loading import DTYPES, fingerprint, load_frozen, names_pipeline, reading
 from ..process import Process, Solver, VariancePreserving
 from ..types import Conditioning, VideoSpec
-from .base import Defaults, LoraNames, check_size
+from .base import Defaults, LoraNames, check_size, refuse_images, settings_of
 
-_PUBLISHED = Defaults(VideoSpec(frames=16, height=384, width=384), steps=25, guidance=9.0)
+PUBLISHED = Defaults(VideoSpec(frames=16, height=384, width=384), steps=25, guidance=9.0, dropout=0.1)
 _MINI = Defaults(VideoSpec(frames=8, height=64, width=64), steps=20, guidance=2.5, rank=8, learning_rate=1e-3)
 
 
@@ -63,7 +63,7 @@ def build(config: Config) -> ModelScope:
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     with reading("tokenizer", folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    return ModelScope(
+    model = ModelScope(
         name=folder.name,
         denoiser=load_frozen(UNet3DConditionModel, folder / "unet", dtype, "denoiser"),
         vae=load_frozen(AutoencoderKL, folder / "vae", dtype, "autoencoder"),
@@ -71,12 +71,13 @@ def build(config: Config) -> ModelScope:
         tokenizer=tokenizer,
         process=VariancePreserving.from_config(scheduler, cast(Solver, config.sampler)),
     )
+    model.settings = settings_of(config)
+    return model
 
 
 class ModelScope:
     """See `vader_backend.models.base.VideoModel`."""
 
-    lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefix = "unet."
     lora_names = LoraNames()
 
@@ -90,6 +91,7 @@ class ModelScope:
         process: VariancePreserving,
     ) -> None:
         self.name = name
+        self.settings: Mapping[str, Any] = {}
         self.denoiser = denoiser
         self.vae = vae
         self.text_encoder = text_encoder
@@ -98,7 +100,9 @@ class ModelScope:
         self.fingerprint = fingerprint(denoiser)
         self.blocks: Sequence[nn.Module] = [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.defaults = _PUBLISHED if denoiser.config.sample_size >= 32 else _MINI
+        published = denoiser.config.sample_size >= 32
+        self.defaults = PUBLISHED if published else _MINI
+        self.lora_targets: Sequence[str] = _layers(denoiser) if published else ("to_q", "to_k", "to_v", "to_out.0")
 
     @property
     def device(self) -> torch.device:
@@ -130,8 +134,7 @@ class ModelScope:
         images: Tensor | None = None,
         rng: torch.Generator | None = None,
     ) -> Conditioning:
-        if images is not None:
-            raise InputError(f"{self.name} is a text-to-video model; it takes no images.")
+        refuse_images(self.name, images)
         text = self._encode_text([negative, *prompts])
         return Conditioning({"text": text[1:]}, {"text": text[:1].expand(len(prompts), -1, -1)})
 
@@ -156,3 +159,9 @@ class ModelScope:
         latents = z[:, :, list(indices)].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
         frames = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
         return (frames / 2 + 0.5).clamp(0, 1).unflatten(0, (batch, -1))
+
+
+def _layers(denoiser: nn.Module) -> list[str]:
+    """Every linear layer and convolution, on which the VADER paper's code puts ModelScope's LoRA."""
+    kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
+    return [name for name, module in denoiser.named_modules() if isinstance(module, kinds)]

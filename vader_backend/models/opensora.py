@@ -13,7 +13,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,12 @@ from ._opensora_vae import VideoAutoencoder
 from ._single_file import read_weights
 from ._stdit3 import Architecture, STDiT3
 from ._t5 import T5Text, Tokenizer, load_tokenizer, sentencepiece_tokenizer, t5_network
-from .base import Defaults, LoraNames
+from .base import Defaults, LoraNames, refuse_images, settings_of
 
-_PUBLISHED = Defaults(VideoSpec(frames=51, height=276, width=368, fps=24.0), steps=30, guidance=7.0)
+PUBLISHED = Defaults(
+    VideoSpec(frames=51, height=276, width=368, fps=24.0), steps=30, guidance=7.0, lora_scale=0.5, dropout=0.01
+)
+MINI = Defaults(VideoSpec(frames=17, height=64, width=64, fps=16.0), steps=25, guidance=2.5, rank=8, learning_rate=1e-3)
 _SOURCES = {
     "transformer": "hpcai-tech/OpenSora-STDiT-v3",
     "vae": "hpcai-tech/OpenSora-VAE-v1.2",
@@ -83,13 +86,15 @@ def build(config: Config) -> OpenSora:
             raise InputError(f"{folder} has no folder {part}; put the files of {source} into {folder / part}.")
     denoiser = _load_denoiser(folder / "transformer", dtype)
     rounding = torch.bfloat16 if config.bf16_times else torch.float32
-    return OpenSora(
+    model = OpenSora(
         name=folder.name,
         denoiser=denoiser,
         vae=_load_vae(folder / "vae", dtype),
         text=_load_text(folder, dtype, denoiser.arch.text_tokens),
         process=Flow(partial(sampling_times, rounding=rounding), towards_data=True),
     )
+    model.settings = settings_of(config)
+    return model
 
 
 def _load_denoiser(folder: Path, dtype: torch.dtype) -> STDiT3:
@@ -185,16 +190,17 @@ class OpenSora:
     lora_targets: Sequence[str] = ("qkv", "q_linear", "kv_linear")
     lora_prefix = "transformer."
     lora_names = LoraNames()
-    defaults = _PUBLISHED
 
     def __init__(self, name: str, denoiser: STDiT3, vae: VideoAutoencoder, text: T5Text, process: Flow) -> None:
         self.name = name
+        self.settings: Mapping[str, Any] = {}
         self.denoiser = denoiser
         self.vae = vae
         self.text = text
         self.process: Process = process
         self.fingerprint = fingerprint(denoiser)
         self.blocks: Sequence[nn.Module] = denoiser.blocks
+        self.defaults = PUBLISHED if denoiser.base_size >= 256 else MINI
 
     @property
     def device(self) -> torch.device:
@@ -229,8 +235,7 @@ class OpenSora:
         rng: torch.Generator | None = None,
     ) -> Conditioning:
         """Without a negative prompt, the negative text is the trained null text under the prompt's mask."""
-        if images is not None:
-            raise InputError(f"{self.name} is used as a text-to-video model here; it takes no images.")
+        refuse_images(self.name, images)
         text, mask = self.text.encode([scored(prompt) for prompt in prompts], hide_padding=True)
         null, null_mask = self.denoiser.y_embedder.y_embedding.to(text)[None], mask
         if negative.strip():

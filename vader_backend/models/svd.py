@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..types import Conditioning, VideoSpec
 from . import _svd_keys as keys
 from ._single_file import shapes
 from ._svd_original import networks
-from .base import Defaults, LoraNames, check_size
+from .base import Defaults, LoraNames, check_size, settings_of
 
 _SCHEDULER = {
     "prediction_type": "v_prediction",
@@ -63,9 +64,16 @@ class Config:
 
 def matches(path: Path) -> bool:
     """Whether a folder's model_index.json names this family's pipeline, or a file has the original layout."""
+    path = _checkpoint(path)
     if path.is_file():
         return _is_original(path)
     return names_pipeline(path, ("StableVideoDiffusionPipeline",))
+
+
+def _checkpoint(path: Path) -> Path:
+    """The original file of a folder that is no diffusers folder, such as the embedded one; any other path as it is."""
+    file = path / "svd.safetensors"
+    return file if file.is_file() and not (path / "model_index.json").is_file() else path
 
 
 def _is_original(path: Path) -> bool:
@@ -82,15 +90,17 @@ def build(config: Config) -> StableVideoDiffusion:
         InputError: a part is missing, truncated or of another kind.
     """
     check(config)
-    path, dtype = Path(config.folder), DTYPES[config.dtype]
+    path, dtype = _checkpoint(Path(config.folder)), DTYPES[config.dtype]
     parts = _from_file(path, dtype) if path.is_file() else _from_folder(path, dtype)
-    return StableVideoDiffusion(
+    model = StableVideoDiffusion(
         path.stem if path.is_file() else path.name,
         **parts,
         motion_bucket=config.motion_bucket,
         noise_augmentation=config.noise_augmentation,
         decode_chunk=config.decode_chunk,
     )
+    model.settings = settings_of(config)
+    return model
 
 
 def _from_file(path: Path, dtype: torch.dtype) -> dict[str, Any]:
@@ -111,11 +121,6 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
         "mean": image.get("image_mean", _CLIP_MEAN),
         "std": image.get("image_std", _CLIP_STD),
     }
-
-
-def comfy_module(name: str) -> str:
-    """What ComfyUI calls a module of the published UNet; in LoRA files `diffusion_model.` stands before it."""
-    return keys.unet_key(name)
 
 
 def sigma_spacing(config: Mapping[str, Any]) -> Callable[[int], list[float]]:
@@ -154,7 +159,6 @@ class StableVideoDiffusion:
 
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefix = "unet."
-    lora_names = LoraNames(comfy=comfy_module)
 
     def __init__(
         self,
@@ -171,6 +175,7 @@ class StableVideoDiffusion:
         decode_chunk: int = 0,
     ) -> None:
         self.name = name
+        self.settings: Mapping[str, Any] = {}
         self.denoiser = denoiser
         self.vae = vae
         self.image_encoder = image_encoder
@@ -180,6 +185,10 @@ class StableVideoDiffusion:
         self.noise_augmentation = noise_augmentation
         self.decode_chunk = decode_chunk
         self.fingerprint = fingerprint(denoiser)
+        kinds = denoiser.config.up_block_types
+        plain = frozenset(i for i, kind in enumerate(kinds) if not kind.startswith("CrossAttn"))
+        comfy = partial(keys.unet_key, layers=denoiser.config.layers_per_block, plain=plain)
+        self.lora_names = LoraNames(comfy=comfy)
         self.blocks: Sequence[nn.Module] = [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
         self.defaults = _defaults(denoiser, self.scale)
@@ -222,7 +231,7 @@ class StableVideoDiffusion:
             InputError: images are missing or of another number, or there is a negative prompt.
         """
         if images is None:
-            raise InputError(f"{self.name} makes videos from images: connect one start image per prompt.")
+            raise InputError(f"{self.name} makes videos from images; take its prompts from Image Prompts.")
         if len(images) != len(prompts):
             raise InputError(f"There are {len(images)} start images for {len(prompts)} prompts; give one per prompt.")
         if negative:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -23,9 +22,10 @@ from ..loading import DTYPES, checkpoint_error, fingerprint, read_tensors
 from ..process import Process, VariancePreserving
 from ..types import Conditioning, VideoSpec
 from ._ldm import build_autoencoder, decode_frames, encode_frames
-from ._videocrafter2_text import build_text_encoder, read_tokenizer, tokenize
+from ._single_file import Part, shapes
+from ._videocrafter2_text import build_text_encoder, is_tokenizer, read_tokenizer, tokenize, tokenizer_beside
 from ._videocrafter2_unet import build_unet, lora_module
-from .base import Defaults, LoraNames, check_size
+from .base import Defaults, LoraNames, check_size, refuse_images, settings_of
 
 PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.")
 BUFFERS = {
@@ -46,7 +46,12 @@ SCALE_END, SCALE_RAMP = 0.7, 400
 _MARK = "model.diffusion_model.fps_embedding.0.weight"
 _WRAPPER = "_forward_module."  # before each key of a checkpoint written by DeepSpeed
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
-_PUBLISHED = Defaults(VideoSpec(frames=12, height=320, width=512, fps=24.0), steps=25, guidance=12.0)
+PUBLISHED = Defaults(
+    VideoSpec(frames=12, height=320, width=512, fps=24.0), steps=25, guidance=12.0, eta=1.0, lora_scale=0.5,
+    dropout=0.01,
+)  # fmt: skip
+_MINI = Defaults(VideoSpec(frames=8, height=64, width=64), steps=20, guidance=2.0, rank=8, learning_rate=1e-3)
+_PUBLISHED_WIDTH = 320
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,14 @@ def matches(path: Path) -> bool:
     return _checkpoint(path) is not None
 
 
+def lacking(config: Config) -> Part | None:
+    """The tokenizer, where none is named and none lies beside the checkpoint."""
+    source = _checkpoint(Path(config.folder))
+    if config.tokenizer or source is None or tokenizer_beside(source) is not None:
+        return None
+    return Part("tokenizer", "CLIP's tokenizer (vocab.json and merges.txt)", is_tokenizer)
+
+
 def build(config: Config) -> VideoCrafter2:
     """Load the checkpoint onto the CPU.
 
@@ -85,14 +98,16 @@ def build(config: Config) -> VideoCrafter2:
     unet, vae, text = split(read_tensors(source, "VideoCrafter2 checkpoint"), source)
     text_encoder = build_text_encoder(text, dtype, source)
     tokenizer = read_tokenizer(source, config.tokenizer, text_encoder.config.vocab_size)
-    return VideoCrafter2(
-        name=source.parent.name if source.stem == "model" else source.stem,
+    model = VideoCrafter2(
+        name=source.parent.name if Path(config.folder).is_dir() else source.stem,
         denoiser=build_unet(unet, dtype, source),
         vae=build_autoencoder(vae, dtype, source),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         process=make_process(),
     )
+    model.settings = settings_of(config)
+    return model
 
 
 def split(tensors: Mapping[str, Tensor], source: Path) -> list[dict[str, Tensor]]:
@@ -131,7 +146,6 @@ class VideoCrafter2:
 
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v")
     lora_prefix = "unet."
-    defaults = _PUBLISHED
 
     def __init__(
         self,
@@ -143,6 +157,7 @@ class VideoCrafter2:
         process: VariancePreserving,
     ) -> None:
         self.name = name
+        self.settings: Mapping[str, Any] = {}
         self.denoiser = denoiser
         self.vae = vae
         self.text_encoder = text_encoder
@@ -155,6 +170,7 @@ class VideoCrafter2:
         ]  # fmt: skip
         self.context = text_encoder.config.max_position_embeddings
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.defaults = PUBLISHED if denoiser.config.block_out_channels[0] >= _PUBLISHED_WIDTH else _MINI
 
     @property
     def device(self) -> torch.device:
@@ -185,8 +201,7 @@ class VideoCrafter2:
         images: Tensor | None = None,
         rng: torch.Generator | None = None,
     ) -> Conditioning:
-        if images is not None:
-            raise InputError(f"{self.name} is a text-to-video model; it takes no images.")
+        refuse_images(self.name, images)
         device = next(self.text_encoder.parameters()).device
         tokens = tokenize(self.tokenizer, [negative, *prompts], self.context).to(device)
         text = self.text_encoder(input_ids=tokens).last_hidden_state.float()
@@ -217,10 +232,9 @@ def _checkpoint(path: Path) -> Path | None:
 def _holds_weights(file: Path) -> bool:
     try:
         if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as opened:
-                return _MARK in opened.keys()  # noqa: SIM118
+            return _MARK in shapes(file)
         with zipfile.ZipFile(file) as archive:
             records = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             return any(_MARK.encode() in archive.read(name) for name in records)
-    except (OSError, SafetensorError, zipfile.BadZipFile):
+    except (OSError, zipfile.BadZipFile):
         return False

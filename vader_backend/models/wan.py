@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,11 @@ from ..process import Flow, Process
 from ..types import Conditioning, VideoSpec
 from ._clip_image import CLIPImage, read_image_encoder
 from ._flow import static_spacing
-from ._single_file import shapes
+from ._single_file import Part, shapes
 from ._t5 import T5Text, load_text, read_text
-from ._wan_keys import comfy_module, is_wan, read_transformer, read_vae
+from ._wan_keys import comfy_module, is_wan, lacking_part, read_transformer, read_vae
 from ._wan_vae import decode_frames, encode_frames, statistics
-from .base import Defaults, LoraNames
+from .base import Defaults, LoraNames, refuse_images, settings_of
 
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 _TOKENS = 512
@@ -74,6 +74,15 @@ def matches(path: Path) -> bool:
     return names_pipeline(path, _PIPELINES)
 
 
+def lacking(config: Config) -> Part | None:
+    """The next part that a transformer file needs and that is not named; a folder needs none."""
+    path = Path(config.folder)
+    if path.is_dir():
+        return None
+    named = {name: getattr(config, name) for name in ("vae", "text_encoder", "tokenizer", "image_encoder")}
+    return lacking_part(path, **named)
+
+
 def build(config: Config) -> Wan:
     """Load the checkpoint onto the CPU.
 
@@ -83,7 +92,9 @@ def build(config: Config) -> Wan:
     check(config)
     path = Path(config.folder)
     parts = _from_folder(path, config) if path.is_dir() else _from_files(path, config)
-    return Wan(name=path.name if path.is_dir() else path.stem, gradient_latents=config.gradient_latents, **parts)
+    model = Wan(name=path.name if path.is_dir() else path.stem, gradient_latents=config.gradient_latents, **parts)
+    model.settings = settings_of(config)
+    return model
 
 
 def _from_folder(folder: Path, config: Config) -> dict[str, Any]:
@@ -148,6 +159,7 @@ class Wan:
         gradient_latents: int,
     ) -> None:
         self.name = name
+        self.settings: Mapping[str, Any] = {}
         self.denoiser = denoiser
         self.vae = vae
         self.text = text
@@ -202,13 +214,13 @@ class Wan:
         states = states * mask_BL[..., None]
         shared = {} if images is None else self._condition(images, video, len(prompts))
         if images is None and self.image is not None:
-            raise InputError(f"{self.name} is an image-to-video model; give it an image to start from.")
+            raise InputError(f"{self.name} is an image-to-video model; take its prompts from Image Prompts.")
         negative_states = states[:1].expand(len(prompts), -1, -1)
         return Conditioning({"text": states[1:], **shared}, {"text": negative_states, **shared})
 
     def _condition(self, images: Tensor, video: VideoSpec, batch: int) -> dict[str, Tensor]:
         if self.image is None and not self.first_frame:
-            raise InputError(f"{self.name} is a text-to-video model; it takes no images.")
+            refuse_images(self.name, images)
         images = images.float().expand(batch, -1, -1, -1)
         size = (video.height, video.width)
         first = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)[:, :, None] * 2 - 1
