@@ -46,12 +46,12 @@ _DRAW = """async ([api, name, width]) => {
     app.canvas.setDirty(true, true);
     return Math.ceil(scale * (bottom + title + 2 * margin));
 }"""
-_BARE = "body * { visibility: hidden } #graph-canvas, .dom-widget, .dom-widget * { visibility: visible }"
 
 
 def examples() -> dict[str, dict[str, Any]]:
     """A graph in API format for each node of the pack."""
-    graphs = [workflows.read(path)[1] for path in reversed(workflows.sources())]
+    paths = sorted(workflows.sources(), key=lambda path: (bool(workflows.downloads(path)), path.stem != "quickstart"))
+    graphs = [workflows.read(path)[1] for path in paths]
     shipped = {node["class_type"]: graph for graph in reversed(graphs) for node in graph.values()}
     return {name: shipped.get(name) or _with_reward(graphs[0], name) for name in NODE_CLASS_MAPPINGS}
 
@@ -67,7 +67,7 @@ def _with_reward(graph: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _take(page: Page, name: str, graph: dict[str, Any]) -> None:
-    page.add_style_tag(content=_BARE)
+    page.add_style_tag(content=frontend.BARE)
     height = page.evaluate(_DRAW, [graph, name, _WIDTH])
     page.set_viewport_size({"width": _WIDTH, "height": height})
     page.wait_for_timeout(500)

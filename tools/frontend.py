@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PACK = "vader-video-alignment"
 _WEB = Path(__file__).resolve().parents[1] / "nodes" / "web"
+BARE = "body * { visibility: hidden } #graph-canvas, .dom-widget, .dom-widget * { visibility: visible }"  # style
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _READY = """() => {
     const known = window.LiteGraph?.registered_node_types ?? {};

@@ -7,11 +7,14 @@ the same. Run as `make workflows`.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from ..nodes import NODE_CLASS_MAPPINGS
 from . import frontend
@@ -44,7 +47,8 @@ _DRAW = """async ({ api, groups, about, width, gap, room }) => {
         const node = LiteGraph.createNode("MarkdownNote");
         graph.add(node);
         node.widgets[0].value = text;
-        const lines = text.split("\\n").reduce((sum, line) => sum + 1 + Math.floor(line.length / 58), 0);
+        const shown = text.replace(/\\]\\([^)]*\\)/g, "]").split("\\n");
+        const lines = shown.reduce((sum, line) => sum + 1 + Math.floor(line.length / 58), 0);
         node.pos = [x, y];
         node.size = [width, 60 + 19 * lines];
         return node;
@@ -70,10 +74,26 @@ _DRAW = """async ({ api, groups, about, width, gap, room }) => {
     return JSON.stringify({ ui: graph.serialize(), api: (await app.graphToPrompt()).output });
 }"""
 
+_SHOW = """([width]) => {
+    const boxes = [...app.graph.nodes, ...app.graph.groups].map((box) => [...box.pos, ...box.size]);
+    const left = Math.min(...boxes.map((box) => box[0])), top = Math.min(...boxes.map((box) => box[1]));
+    app.graph.nodes.forEach((node) => { node.has_errors = false; });
+    app.canvas.ds.scale = width / (Math.max(...boxes.map((box) => box[0] + box[2])) - left);
+    app.canvas.ds.offset = [-left, 40 - top];
+    app.canvas.setDirty(true, true);
+}"""
+_VIEW, _THUMBNAIL = (1672, 866), (836, 433)  # pixels
+
 
 def sources() -> list[Path]:
     """The source files, by name."""
     return sorted((FOLDER / "source").glob("*.toml"))
+
+
+def downloads(path: Path) -> list[dict[str, str]]:
+    """What the nodes of a source ask for that is not embedded: each model's name, url, and directory in models/."""
+    nodes = tomllib.loads(path.read_text(encoding="utf-8"))["nodes"].values()
+    return [model for node in nodes for model in node.get("models", [])]
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -136,16 +156,28 @@ def _finished(ui: dict[str, Any], name: str, models: dict[int, list[dict[str, st
     return {**ui, "id": identity, "revision": 0, "extra": {}}
 
 
+def picture(page: Page, path: Path) -> None:
+    """A thumbnail of the graph on the page, its upper part in full width, for the template browser."""
+    page.set_viewport_size({"width": _VIEW[0], "height": _VIEW[1]})
+    page.add_style_tag(content=frontend.BARE)
+    page.evaluate(_SHOW, list(_VIEW))
+    page.wait_for_timeout(1000)
+    with Image.open(io.BytesIO(page.locator("#graph-canvas").screenshot())) as shot:
+        shot.convert("RGB").resize(_THUMBNAIL, Image.Resampling.LANCZOS).save(path, quality=80)
+
+
 def write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:
-    """Write every workflow file anew."""
+    """Write every workflow file anew; a thumbnail that is there is kept, since it may show videos."""
     with frontend.serving() as address:
         for path in sources():
             with frontend.opened(address) as page:
                 ui, api = draw(page, path)
+                if not (thumbnail := FOLDER / f"{path.stem}.jpg").exists():
+                    picture(page, thumbnail)
             write(FOLDER / f"{path.stem}.json", ui)
             write(FOLDER / "api" / f"{path.stem}.json", api)
             print(f"{path.stem}: {len(api)} nodes")

@@ -10,10 +10,13 @@ import pytest
 from comfyui.graphs import LORA, SAMPLE, TRAIN, checked, core, files, run_folder, sampling, steps, training
 from tiny_graph import node
 from vader_nodes.nodes import NODE_CLASS_MAPPINGS
+from vader_nodes.tools import workflows
 from vader_nodes.tools.comfyui import PACK, Server
 from vader_nodes.tools.comfyui_client import Prompt, Refused
 
-SHIPPED = sorted((Path(__file__).parents[2] / "workflows" / "api").glob("*.json"))
+API = workflows.FOLDER / "api"
+EMBEDDED = [path.stem for path in workflows.sources() if not workflows.downloads(path)]
+DOWNLOADED = [path.stem for path in workflows.sources() if workflows.downloads(path)]
 QUICK: dict[str, dict[str, Any]] = {
     "VaderTrainLoRA": {
         "steps": 2, "batch_size": 1, "grad_accumulation_steps": 1, "sampling_steps": 2, "k": 1, "from_step": 0,
@@ -45,9 +48,9 @@ def test_help_pages_are_served(comfy: Server, root: Path) -> None:
         assert comfy.client.text(f"/extensions/{PACK}/docs/{page.name}") == page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_workflows_run(comfy: Server, path: Path) -> None:
-    prompt: Prompt = json.loads(path.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_shipped_workflows_run(comfy: Server, name: str) -> None:
+    prompt: Prompt = json.loads((API / f"{name}.json").read_text(encoding="utf-8"))
     for entry in prompt.values():
         entry["inputs"] |= QUICK.get(entry["class_type"], {})
     run = checked(comfy.client.run(prompt))
@@ -60,6 +63,13 @@ def test_shipped_workflows_run(comfy: Server, path: Path) -> None:
     assert any(state["state"] == "running" for data in run.of("progress_state") for state in data["nodes"].values())
     assert files(comfy, run)
     assert [file for file in files(comfy, run) if not file.is_file()] == []
+
+
+@pytest.mark.parametrize("name", DOWNLOADED)
+def test_workflows_without_their_downloads_are_refused(comfy: Server, name: str) -> None:
+    with pytest.raises(Refused) as refused:
+        comfy.client.run(json.loads((API / f"{name}.json").read_text(encoding="utf-8")))
+    assert "clip-vit-large-patch14" in refused.value.details()
 
 
 def change(prompt: Prompt, key: str, **inputs: Any) -> Prompt:
