@@ -21,9 +21,13 @@ from ..files import ROOT
 from .aesthetic import judge_aesthetic, save_aesthetic, train_aesthetic
 from .clip import judge_clip, save_clip, train_clip
 from .detector import judge_detector, save_detector, train_detector
+from .image_autoencoder import image_autoencoder
+from .opensora import opensora
+from .svd import svd
 from .text_to_video import judge_text_to_video, save_text_to_video, train_text_to_video
 from .tokenizer import save_tokenizer
 from .vae import judge_vae, save_vae, train_vae
+from .videocrafter2 import videocrafter2
 
 
 def main() -> None:
@@ -84,6 +88,10 @@ _NETWORKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "detector": _detector,
     "autoencoder": _autoencoder,
     "text_to_video": _text_to_video,
+    "image_autoencoder": image_autoencoder,
+    "videocrafter2": videocrafter2,
+    "svd": svd,
+    "opensora": opensora,
 }
 
 

@@ -8,8 +8,7 @@ brightness of a plain background leaks through the last noise level and sampling
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,20 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ...generate import SampleConfig, generate
+from ...models.base import VideoModel
 from ...models.modelscope import ModelScope
 from ...process import VariancePreserving
 from ...rng import generator
 from .. import oracle
-from ..world import FRAMES, SEEN_SCENES, SIZE, UNSEEN_SCENES, Look, random_look, random_scenes, render
+from ..world import FRAMES, SEEN_SCENES, UNSEEN_SCENES, Scene, large_look, random_scenes, render
 from .fit import SEED, fit
 from .tokenizer import MAX_TOKENS, save_tokenizer
 
 STEPS = 6000
 MOTION_STEPS = 4000
-_BATCH = 16
+BATCH = 16
 _POOL = 6000
-_DROP_TEXT = 0.1
+DROP_TEXT = 0.1
 _WIDTH = 128
 SCHEDULER = {
     "_class_name": "DDIMScheduler",
@@ -95,54 +95,50 @@ def train_text_to_video(
     """
     model = TextToVideo(tokenizer)
     process = VariancePreserving.from_config(SCHEDULER)
-    latents, captions = _pool(vae)
-    tokens = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
+    latents, scenes, _ = encoded_renders(vae, generator(SEED, "text_to_video pool"))
+    tokens = tokenizer([*(scene.caption for scene in scenes), ""], padding="max_length", return_tensors="pt").input_ids
 
     def loss(times: Callable[[torch.Generator], Tensor], rng: torch.Generator) -> Tensor:
-        rows = torch.randint(len(latents), (_BATCH,), generator=rng)
+        rows = torch.randint(len(latents), (BATCH,), generator=rng)
         x0 = latents[rows].float()
         noise = torch.randn(x0.shape, generator=rng)
         t = times(rng)
-        blank = torch.rand(_BATCH, generator=rng) < _DROP_TEXT
+        blank = torch.rand(BATCH, generator=rng) < DROP_TEXT
         text = model.text_encoder(torch.where(blank[:, None], tokens[-1], tokens[rows])).last_hidden_state
         output = model.unet(process.add_noise(x0, noise, t), t, text).sample.float()
         return (output - process.target(x0, noise, t)).square().mean()
 
     fit("text_to_video", model, lambda _, rng: loss(_times, rng), steps=steps, learning_rate=2e-3, work=work)
     model.requires_grad_(True)
-    fit("motion", model, lambda _, rng: loss(_noisy_times, rng), steps=motion_steps, learning_rate=1e-3, work=work)
+    fit("motion", model, lambda _, rng: loss(noisy_times, rng), steps=motion_steps, learning_rate=1e-3, work=work)
     return model
 
 
 def _times(rng: torch.Generator) -> Tensor:
     """Times of one batch: the noisier ones decide background, colour and place, and get more than their share."""
-    return (999 * torch.rand(_BATCH, generator=rng).pow(0.4)).round().long()
+    return (999 * torch.rand(BATCH, generator=rng).pow(0.4)).round().long()
 
 
-def _noisy_times(rng: torch.Generator) -> Tensor:
+def noisy_times(rng: torch.Generator) -> Tensor:
     """Half of them where direction is decided."""
     usual = _times(rng)
-    noisy = torch.randint(870, 1000, (_BATCH,), generator=rng)
-    return torch.where(torch.arange(_BATCH) % 2 == 0, usual, noisy)
+    noisy = torch.randint(870, 1000, (BATCH,), generator=rng)
+    return torch.where(torch.arange(BATCH) % 2 == 0, usual, noisy)
 
 
 @torch.no_grad()
-def _pool(vae: AutoencoderKL) -> tuple[Tensor, list[str]]:
-    rng = generator(SEED, "text_to_video pool")
+def encoded_renders(vae: AutoencoderKL, rng: torch.Generator) -> tuple[Tensor, list[Scene], Tensor]:
+    """Videos of seen scenes: latents [B, C, T, h, w] in float16, the scenes, and their speeds [B] in pixels a frame."""
     scenes = random_scenes(_POOL, rng, SEEN_SCENES)
-    parts = []
+    parts, speeds = [], []
     for i in range(0, _POOL, 100):
-        video = render(scenes[i : i + 100], _look(100, rng), FRAMES)
+        look = large_look(100, rng)
+        video = render(scenes[i : i + 100], look, FRAMES)
+        speeds.append(look.speed)
         with torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(video.flatten(0, 1) * 2 - 1).latent_dist.mean
         parts.append(latents.float().unflatten(0, (-1, FRAMES)).transpose(1, 2).half())
-    return torch.cat(parts), [scene.caption for scene in scenes]
-
-
-def _look(batch: int, rng: torch.Generator) -> Look:
-    """Larger shapes nearer to the middle than in other pictures of the world: so little data teaches no more."""
-    look = random_look(batch, rng)
-    return replace(look, radius=look.radius + 2, start=SIZE / 2 + 4 / 7 * (look.start - SIZE / 2))
+    return torch.cat(parts), scenes, torch.cat(speeds)
 
 
 def assemble(model: TextToVideo, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> ModelScope:
@@ -176,10 +172,15 @@ def judge_text_to_video(
     model: TextToVideo, vae: AutoencoderKL, tokenizer: CLIPTokenizer, samples: int = 240
 ) -> dict[str, dict[str, float]]:
     """What the oracle reads from samples of every seen and as many of the unseen captions, with guidance."""
-    assembled = assemble(model, vae, tokenizer)
-    result = {}
-    for name, pool in (("seen", SEEN_SCENES), ("unseen", UNSEEN_SCENES)):
-        scenes = [pool[i % len(pool)] for i in range(samples)]
-        videos = generate(assembled, [scene.caption for scene in scenes], SampleConfig(seed=1, batch_size=16))
-        result[name] = oracle.accuracy(videos, scenes)
-    return result
+    pools = {"seen": SEEN_SCENES, "unseen": UNSEEN_SCENES}
+    scenes = {name: [pool[i % len(pool)] for i in range(samples)] for name, pool in pools.items()}
+    return judge_captions(assemble(model, vae, tokenizer), scenes)
+
+
+def judge_captions(model: VideoModel, scenes: Mapping[str, Sequence[Scene]]) -> dict[str, dict[str, float]]:
+    """What the oracle reads from samples of each group of scenes, with the model's own settings."""
+    config = SampleConfig(seed=1, batch_size=16)
+    return {
+        name: oracle.accuracy(generate(model, [scene.caption for scene in group], config), group)
+        for name, group in scenes.items()
+    }

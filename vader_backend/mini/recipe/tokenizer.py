@@ -22,8 +22,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 def save_tokenizer(folder: Path) -> CLIPTokenizer:
     """Write vocab.json, merges.txt and the rest of CLIP's tokenizer files, and load them."""
-    words = sorted({word for scene in ALL_SCENES for word in scene.caption.split()} | set(_WORDS.split()))
-    merges = byte_pair_merges(words)
+    merges = byte_pair_merges(caption_words())
     letters = byte_letters()
     entries = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges), _START, _END]
     files = {
@@ -40,6 +39,11 @@ def save_tokenizer(folder: Path) -> CLIPTokenizer:
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def caption_words() -> list[str]:
+    """Every word of the captions and a few others that describe pictures, sorted."""
+    return sorted({word for scene in ALL_SCENES for word in scene.caption.split()} | set(_WORDS.split()))
 
 
 def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:

@@ -36,28 +36,46 @@ def new_vae() -> AutoencoderKL:
 def train_vae(work: Path, steps: int = STEPS) -> AutoencoderKL:
     """Train it; its latents then have zero mean and unit variance in every channel."""
     vae = new_vae().to(memory_format=torch.channels_last)
-    pool: dict[int, Tensor] = {}
+    pool = FramePool("vae")
 
     def loss(step: int, rng: torch.Generator) -> Tensor:
-        chapter = step // _POOL_LIFE
-        if chapter not in pool:
-            pool.clear()
-            draw = generator(SEED, "vae pool", chapter)
-            scenes = random_scenes(_POOL, draw, ALL_SCENES)
-            pool[chapter] = (render(scenes, random_look(_POOL, draw)) * 2 - 1).flatten(0, 1)
-        frames = pool[chapter][torch.randint(len(pool[chapter]), (_BATCH,), generator=rng)]
-        posterior = vae.encode(frames.contiguous(memory_format=torch.channels_last)).latent_dist
+        frames = pool.draw(step, _BATCH, rng)
+        posterior = vae.encode(frames).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=rng)
         output = vae.decode(posterior.mean + posterior.std * noise).sample.float()
-        error = output - frames
-        return (_weight(frames) * (error.abs() + 2 * error.square())).mean() + 2e-7 * posterior.kl().mean()
+        return drawing_loss(output, frames) + 2e-7 * posterior.kl().mean()
 
     fit("vae", vae, loss, steps=steps, learning_rate=2e-3, work=work, muon=False)
     _whiten(vae)
     return vae
 
 
-def _weight(frames: Tensor) -> Tensor:
+class FramePool:
+    """Frames of renders for one training, made anew every thousand steps."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.chapter = -1
+        self.frames = torch.empty(0)
+
+    def draw(self, step: int, batch: int, rng: torch.Generator) -> Tensor:
+        """[batch, 3, 64, 64] in [-1, 1], channels last."""
+        if self.chapter != step // _POOL_LIFE:
+            self.chapter = step // _POOL_LIFE
+            draw = generator(SEED, f"{self.name} pool", self.chapter)
+            scenes = random_scenes(_POOL, draw, ALL_SCENES)
+            self.frames = (render(scenes, random_look(_POOL, draw)) * 2 - 1).flatten(0, 1)
+        rows = torch.randint(len(self.frames), (batch,), generator=rng)
+        return self.frames[rows].contiguous(memory_format=torch.channels_last)
+
+
+def drawing_loss(output: Tensor, frames: Tensor) -> Tensor:
+    """How far drawn frames in [-1, 1] are from the true ones, the shape before all."""
+    error = output - frames
+    return (shape_weight(frames) * (error.abs() + 2 * error.square())).mean()
+
+
+def shape_weight(frames: Tensor) -> Tensor:
     """More weight on the shape, which covers a few percent of a frame: without it colours are learned last."""
     backdrop = frames[:, :, :1, :1]
     return 1 + 6 * ((frames - backdrop).abs().amax(1, keepdim=True) > 0.05)
@@ -65,15 +83,16 @@ def _weight(frames: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _whiten(vae: AutoencoderKL) -> None:
-    """Fold each latent channel's mean and deviation into the 1x1 convolutions around the latents.
-
-    The folder layout has one scaling factor for all channels; after this it is 1 and no reader
-    needs to know of per-channel statistics.
-    """
+    """The folder layout has one scaling factor for all channels; after this it is 1 for every one of them."""
     rng = generator(SEED, "vae statistics")
     frames = render(random_scenes(300, rng), random_look(300, rng)).flatten(0, 1) * 2 - 1
     latents = torch.cat([vae.encode(part).latent_dist.mean for part in frames.split(100)])
-    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    rescale(vae, latents.mean((0, 2, 3)), latents.std((0, 2, 3)))
+
+
+@torch.no_grad()
+def rescale(vae: AutoencoderKL, mean: Tensor, std: Tensor) -> None:
+    """Make latents (z - mean) / std, per channel, by the 1x1 convolutions around them; reconstructions stay."""
     encode, decode = vae.quant_conv, vae.post_quant_conv
     decode.bias += decode.weight[:, :, 0, 0] @ mean
     decode.weight *= std[None, :, None, None]
