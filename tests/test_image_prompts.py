@@ -113,6 +113,11 @@ def test_grey_pictures_of_16_bits_keep_their_shades(tmp_path: Path) -> None:
 
 def test_pictures_that_the_limit_leaves_out_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    monkeypatch.setattr(images, "_picture", lambda path: read.append(path.name) or torch.zeros(3, 1, 1))
+
+    def picture(path: Path) -> Tensor:
+        read.append(path.name)
+        return torch.zeros(3, 1, 1)
+
+    monkeypatch.setattr(images, "_picture", picture)
     prompts = build(Config(source="folder", folder="x", limit=1, held_out_fraction=0.5), lambda name: folder)
     assert len(prompts.texts) == len(read) == 2
