@@ -15,7 +15,7 @@ from typing import Any
 
 from ..vader_backend import registry
 from ..vader_backend.config import InputError
-from ..vader_backend.loading import read_tensors, reading
+from ..vader_backend.loading import SUFFIXES, read_tensors, reading
 from ..vader_backend.mini import files
 from . import host, schema
 
@@ -23,14 +23,13 @@ AUTO = "auto"
 PARTS = {"vae": "vae", "text_encoder": "text_encoders", "image_encoder": "clip_vision", "tokenizer": "text_encoders"}
 _FILES = ("checkpoints", "diffusion_models")
 _FOLDERS = "diffusers"
-_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 
 
 def checkpoints() -> list[str]:
     """The embedded checkpoints, then the folders of models/diffusers and the files that a family recognises."""
     embedded = [f"{files.PREFIX}{path.name}" for path in sorted(files.ROOT.iterdir()) if path.is_dir()]
-    single = [f"{category}/{name}" for category in _FILES for name in host.files(category, _SUFFIXES)]
+    single = [f"{category}/{name}" for category in _FILES for name in host.files(category, SUFFIXES)]
     return [name for name in (*embedded, *_folders(), *single) if _is_known(name)]
 
 
@@ -65,7 +64,7 @@ def family(path: Path) -> ModuleType:
     if found:
         return found[0]
     for file in (path, *sorted(path.glob("*"))) if path.is_dir() else (path,):
-        if file.suffix in _SUFFIXES:
+        if file.suffix in SUFFIXES:
             read_tensors(file, "checkpoint")
     raise InputError(
         f"The checkpoint {path.name} is of no known family ({', '.join(registry.names('models'))}); choose a folder "
@@ -94,7 +93,7 @@ def parts(field: str) -> list[str]:
     category = PARTS[field]
     markers = _TOKENIZER_FILES if field == "tokenizer" else ("config.json",)
     folders = sorted({name for marker in markers for name in host.checkpoints(category, marker)})
-    single = host.files(category, _SUFFIXES) if field != "tokenizer" else []
+    single = host.files(category, SUFFIXES) if field != "tokenizer" else []
     return [*(name for name in single if name.rpartition("/")[0] not in folders), *folders]
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .config import InputError
 from .precision import chosen, convert, converted, kept_in_float32, stored_dtype
 
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")  # of the files that `read_tensors` reads
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _UNREADABLE = (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, checkpoint_error, fingerprint, read_tensors
+from ..loading import DTYPES, SUFFIXES, checkpoint_error, fingerprint, read_tensors
 from ..process import Process, VariancePreserving
 from ..types import Conditioning, VideoSpec
 from ._ldm import build_autoencoder, decode_frames, encode_frames
@@ -45,7 +45,6 @@ SCALE_END, SCALE_RAMP = 0.7, 400
 
 _MARK = "model.diffusion_model.fps_embedding.0.weight"
 _WRAPPER = "_forward_module."  # before each key of a checkpoint written by DeepSpeed
-_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")
 PUBLISHED = Defaults(
     VideoSpec(frames=12, height=320, width=512, fps=24.0), steps=25, guidance=12.0, eta=1.0, lora_scale=0.5,
     dropout=0.01,
@@ -223,9 +222,9 @@ class VideoCrafter2:
 def _checkpoint(path: Path) -> Path | None:
     """The file with VideoCrafter2's weights: the path itself, or the first such file in that folder."""
     if path.is_dir():
-        files = [file for suffix in _SUFFIXES for file in sorted(path.glob(f"*{suffix}"))]
+        files = [file for suffix in SUFFIXES for file in sorted(path.glob(f"*{suffix}"))]
     else:
-        files = [path] if path.suffix in _SUFFIXES else []
+        files = [path] if path.suffix in SUFFIXES else []
     return next((file for file in files if _holds_weights(file)), None)
 
 

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...checkpoint import atomic_path, write_text
-from ...generate import SampleConfig, generate
 from ...loading import load_frozen
 from ...models._opensora_vae import VideoAutoencoder
 from ...models._stdit3 import Architecture, STDiT3
@@ -23,11 +22,11 @@ from ...models._t5 import T5Text, load_tokenizer
 from ...models.opensora import MINI, Config, build, sampling_times, scored
 from ...process import Flow
 from ...rng import generator
-from .. import oracle
 from ..world import SEEN_SCENES, SIZE, UNSEEN_SCENES, large_look
 from .fit import SEED, fit
 from .opensora_autoencoder import CONFIG, judge_video_autoencoder, renders, train_video_autoencoder
 from .opensora_text import WIDTH, new_t5, save_t5_tokenizer
+from .text_to_video import judge_captions
 from .tokenizer import MAX_TOKENS
 
 STEPS = 2500
@@ -139,10 +138,8 @@ def _save(folder: Path, network: nn.Module, config: dict[str, Any]) -> None:
 def judge_opensora(folder: Path, samples: int = 96) -> dict[str, dict[str, float]]:
     """What the oracle reads from samples of as many seen as unseen captions, with the mini's own settings."""
     model: Any = build(Config(folder=str(folder)))
-    result = {}
+    scenes = {}
     for name, pool in (("seen", SEEN_SCENES), ("unseen", UNSEEN_SCENES)):
         order = torch.randperm(len(pool), generator=generator(SEED, _NAME, "judge", name)).tolist()
-        scenes = [pool[order[i % len(pool)]] for i in range(samples)]
-        videos = generate(model, [scene.caption for scene in scenes], SampleConfig(seed=1, batch_size=16))
-        result[name] = oracle.accuracy(videos, scenes)
-    return result
+        scenes[name] = [pool[order[i % len(pool)]] for i in range(samples)]
+    return judge_captions(model, scenes)
