@@ -8,15 +8,7 @@ from typing import Any
 from ..vader_backend import hub, registry
 from ..vader_backend.models.base import VideoModel
 from . import host, schema
-from .sources import AUTO, checkpoints, configured, family, locate, part, parts
-
-_PARTS = {
-    "vae": "Wan and LTX-Video as a single file: the autoencoder, of models/vae.",
-    "text_encoder": "Wan and LTX-Video as a single file: the text encoder, of models/text_encoders.",
-    "image_encoder": "Wan 2.1 image-to-video as a single file: the CLIP vision encoder, of models/clip_vision.",
-    "tokenizer": "Wan, LTX-Video and VideoCrafter2 as a single file: the tokenizer, a folder of models/text_encoders, "
-    "unless one comes with the files or with ComfyUI.",
-}
+from .sources import AUTO, PARTS, checkpoints, configured, family, locate, part, parts
 
 
 class VaderLoadVideoModel:
@@ -100,13 +92,14 @@ def _settings() -> dict[str, schema.Input]:
     merged: dict[str, schema.Input] = {}
     for name in registry.names("models"):
         merged = {**merged, **schema.inputs(registry.load("models", name).Config, plain=("dtype",))}
-    wanted = sorted(merged.keys() - {"folder", *_PARTS}, key=lambda name: ("advanced" in merged[name][1], name))
+    wanted = sorted(merged.keys() - {"folder", *PARTS}, key=lambda name: ("advanced" in merged[name][1], name))
     return {name: merged[name] for name in wanted}
 
 
 def _part_inputs() -> dict[str, schema.Input]:
     """The separate parts. They come last: canvas files count inputs, and these came after the others."""
     found = {
-        name: schema.combo([AUTO, *parts(name)], f"{text} auto: the one that fits.") for name, text in _PARTS.items()
+        name: schema.combo([AUTO, *parts(name)], f"{own.purpose}, of models/{own.category}. auto: the one that fits.")
+        for name, own in PARTS.items()
     }
     return {name: (kind, {**options, "advanced": True}) for name, (kind, options) in found.items()}

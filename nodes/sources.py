@@ -7,7 +7,7 @@ that category, and otherwise a folder of models/diffusers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,26 @@ from ..vader_backend.mini import files
 from . import host, schema
 
 AUTO = "auto"
-PARTS = {"vae": "vae", "text_encoder": "text_encoders", "image_encoder": "clip_vision", "tokenizer": "text_encoders"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A network or tokenizer that may lie apart from its checkpoint, in a category of ComfyUI's models."""
+
+    category: str
+    purpose: str
+
+
+PARTS = {
+    "vae": Part("vae", "Wan and LTX-Video as a single file: the autoencoder"),
+    "text_encoder": Part("text_encoders", "Wan and LTX-Video as a single file: the text encoder"),
+    "image_encoder": Part("clip_vision", "Wan 2.1 image-to-video as a single file: the CLIP vision encoder"),
+    "tokenizer": Part(
+        "text_encoders",
+        "Wan, LTX-Video and VideoCrafter2 as a single file, where no tokenizer comes with the files or with ComfyUI: "
+        "its folder",
+    ),
+}
 _FILES = ("checkpoints", "diffusion_models")
 _FOLDERS = "diffusers"
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -90,7 +109,7 @@ def configured(module: ModuleType, path: Path, values: Mapping[str, Any]) -> Any
 
 def parts(field: str) -> list[str]:
     """What may be chosen for a part: files and folders; of a folder no single files. Tokenizers are folders."""
-    category = PARTS[field]
+    category = PARTS[field].category
     markers = _TOKENIZER_FILES if field == "tokenizer" else ("config.json",)
     folders = sorted({name for marker in markers for name in host.checkpoints(category, marker)})
     single = host.files(category, SUFFIXES) if field != "tokenizer" else []
@@ -99,12 +118,12 @@ def parts(field: str) -> list[str]:
 
 def part(field: str, name: str) -> Path | None:
     """Where a chosen part lies; None where it is left to be found. Raises InputError where there is no such part."""
-    return None if name == AUTO else host.resolve(PARTS[field], name, partial(parts, field))
+    return None if name == AUTO else host.resolve(PARTS[field].category, name, partial(parts, field))
 
 
 def _fitting(field: str, what: str, fits: Callable[[Path], bool], checkpoint: Path) -> Path:
     """The one part that fits; of tokenizers ComfyUI's own where the user has none."""
-    category = PARTS[field]
+    category = PARTS[field].category
     found = [name for name in parts(field) if _holds(fits, host.resolve(category, name))]
     if len(found) > 1:
         raise InputError(f"{checkpoint.name} needs {what}, which may be {' or '.join(found)}; choose one as {field}.")

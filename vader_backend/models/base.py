@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InputError
+from ..loading import fingerprint
 from ..process import Process
 from ..types import Conditioning, VideoSpec
 
@@ -110,6 +111,31 @@ class VideoModel(Protocol):
     def decode(self, z: Tensor, indices: Sequence[int]) -> Tensor:
         """Only these frames, [B, len(indices), 3, H, W] float32 in [0, 1], differentiable."""
         ...
+
+
+class Networks:
+    """What every family keeps and says of its networks; with the rest it is a `VideoModel`."""
+
+    denoiser: Any  # each family names the class of its own
+    vae: Any
+
+    def __init__(
+        self, name: str, denoiser: nn.Module, vae: nn.Module, process: Process, blocks: Sequence[nn.Module]
+    ) -> None:
+        """Args:
+        blocks: of the denoiser, those that gradient checkpointing recomputes one by one.
+        """
+        self.name = name
+        self.denoiser = denoiser
+        self.vae = vae
+        self.process = process
+        self.blocks = blocks
+        self.fingerprint = fingerprint(denoiser)
+        self.settings: Mapping[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
 
 
 def settings_of(config: Any) -> dict[str, Any]:

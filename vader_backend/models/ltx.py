@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, fingerprint, load_frozen, names_pipeline, reading
-from ..process import Flow, Process
+from ..loading import DTYPES, load_frozen, names_pipeline, reading
+from ..process import Flow
 from ..types import Conditioning, VideoSpec
 from ._flow import dynamic_spacing
 from ._ltx_keys import comfy_module, is_ltx, lacking_part, read_transformer, read_vae
 from ._single_file import Part, file_config, read_weights, shapes
 from ._t5 import T5Text, load_text, read_text
-from .base import Defaults, LoraNames, settings_of
+from .base import Defaults, LoraNames, Networks, settings_of
 
 _PIPELINES = ("LTXPipeline", "LTXImageToVideoPipeline")
 _TOKENS = 128
@@ -122,13 +122,15 @@ def _from_files(path: Path, config: Config) -> dict[str, Any]:
     }
 
 
-class LTX:
+class LTX(Networks):
     """See `vader_backend.models.base.VideoModel`.
 
     causal_time: whether the first latent stands for one frame in the position embedding (0.9.5 and later), rather
         than for as many as the others.
     """
 
+    denoiser: LTXVideoTransformer3DModel
+    vae: AutoencoderKLLTXVideo
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefix = "transformer."
     lora_names = LoraNames(comfy=comfy_module)
@@ -145,22 +147,13 @@ class LTX:
     ) -> None:
         if denoiser.config.patch_size != 1 or denoiser.config.patch_size_t != 1:
             raise InputError(f"{name} groups latents into patches, which no LTX-Video does; choose another checkpoint.")
-        self.name = name
-        self.settings: Mapping[str, Any] = {}
-        self.denoiser = denoiser
-        self.vae = vae
+        spacing = dynamic_spacing(scheduler, lambda video: self.latent_shape(video, 1)[2:].numel())
+        super().__init__(name, denoiser, vae, Flow(spacing), denoiser.transformer_blocks)
         self.text = text
         self.decode_context = decode_context
         self.causal_time = causal_time
-        self.process: Process = Flow(dynamic_spacing(scheduler, lambda video: self.latent_shape(video, 1)[2:].numel()))
-        self.fingerprint = fingerprint(denoiser)
-        self.blocks: Sequence[nn.Module] = list(denoiser.transformer_blocks)
         self.defaults = _PUBLISHED
         self.scale, self.per_latent = vae.spatial_compression_ratio, vae.temporal_compression_ratio
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
 
     def parts(self) -> dict[str, nn.Module]:
         return {"denoiser": self.denoiser, "vae": self.vae, "text_encoder": self.text.encoder}

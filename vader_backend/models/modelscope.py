@@ -6,10 +6,10 @@ Source: Wang et al. 2023; diffusers' TextToVideoSDPipeline. The mini text-to-vid
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import cast, get_args
 
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..config import check, option
-from ..loading import DTYPES, fingerprint, load_frozen, names_pipeline, reading
-from ..process import Process, Solver, VariancePreserving
+from ..loading import DTYPES, load_frozen, names_pipeline, reading
+from ..process import Solver, VariancePreserving
 from ..types import Conditioning, VideoSpec
-from .base import Defaults, LoraNames, check_size, refuse_images, settings_of
+from .base import Defaults, LoraNames, Networks, check_size, refuse_images, settings_of
 
 PUBLISHED = Defaults(VideoSpec(frames=16, height=384, width=384), steps=25, guidance=9.0, dropout=0.1)
 _MINI = Defaults(VideoSpec(frames=8, height=64, width=64), steps=20, guidance=2.5, rank=8, learning_rate=1e-3)
@@ -75,9 +75,11 @@ def build(config: Config) -> ModelScope:
     return model
 
 
-class ModelScope:
+class ModelScope(Networks):
     """See `vader_backend.models.base.VideoModel`."""
 
+    denoiser: UNet3DConditionModel
+    vae: AutoencoderKL
     lora_prefix = "unet."
     lora_names = LoraNames()
 
@@ -90,23 +92,13 @@ class ModelScope:
         tokenizer: CLIPTokenizer,
         process: VariancePreserving,
     ) -> None:
-        self.name = name
-        self.settings: Mapping[str, Any] = {}
-        self.denoiser = denoiser
-        self.vae = vae
+        super().__init__(name, denoiser, vae, process, [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks])
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
-        self.process: Process = process
-        self.fingerprint = fingerprint(denoiser)
-        self.blocks: Sequence[nn.Module] = [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
         published = denoiser.config.sample_size >= 32
         self.defaults = PUBLISHED if published else _MINI
         self.lora_targets: Sequence[str] = _layers(denoiser) if published else ("to_q", "to_k", "to_v", "to_out.0")
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
 
     def parts(self) -> dict[str, nn.Module]:
         return {"denoiser": self.denoiser, "vae": self.vae, "text_encoder": self.text_encoder}

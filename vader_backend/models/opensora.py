@@ -13,7 +13,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, build_frozen, fingerprint, read_tensors, reading
-from ..process import Flow, Process
+from ..loading import DTYPES, build_frozen, read_tensors, reading
+from ..process import Flow
 from ..types import Conditioning, VideoSpec
 from ._flow import shifted
 from ._opensora_vae import VideoAutoencoder
 from ._single_file import read_weights
 from ._stdit3 import Architecture, STDiT3
 from ._t5 import T5Text, Tokenizer, load_tokenizer, sentencepiece_tokenizer, t5_network
-from .base import Defaults, LoraNames, refuse_images, settings_of
+from .base import Defaults, LoraNames, Networks, refuse_images, settings_of
 
 PUBLISHED = Defaults(
     VideoSpec(frames=51, height=276, width=368, fps=24.0), steps=30, guidance=7.0, lora_scale=0.5, dropout=0.01
@@ -181,30 +181,22 @@ def scored(prompt: str) -> str:
     return text if _SCORE in text else f"{text} {_SCORE} 6.5."
 
 
-class OpenSora:
+class OpenSora(Networks):
     """See `vader_backend.models.base.VideoModel`.
 
     Decoded sizes are multiples of 8: of a published size such as 276x368 there remain 272x368 pixels.
     """
 
+    denoiser: STDiT3
+    vae: VideoAutoencoder
     lora_targets: Sequence[str] = ("qkv", "q_linear", "kv_linear")
     lora_prefix = "transformer."
     lora_names = LoraNames()
 
     def __init__(self, name: str, denoiser: STDiT3, vae: VideoAutoencoder, text: T5Text, process: Flow) -> None:
-        self.name = name
-        self.settings: Mapping[str, Any] = {}
-        self.denoiser = denoiser
-        self.vae = vae
+        super().__init__(name, denoiser, vae, process, denoiser.blocks)
         self.text = text
-        self.process: Process = process
-        self.fingerprint = fingerprint(denoiser)
-        self.blocks: Sequence[nn.Module] = denoiser.blocks
         self.defaults = PUBLISHED if denoiser.base_size >= 256 else MINI
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
 
     def parts(self) -> dict[str, nn.Module]:
         return {"denoiser": self.denoiser, "vae": self.vae, "text_encoder": self.text.encoder}

@@ -21,13 +21,13 @@ from torch.nn import functional
 from transformers import CLIPVisionModelWithProjection
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, fingerprint, load_frozen, names_pipeline, reading
-from ..process import EDM, Process
+from ..loading import DTYPES, load_frozen, names_pipeline, reading
+from ..process import EDM
 from ..types import Conditioning, VideoSpec
 from . import _svd_keys as keys
 from ._single_file import shapes
 from ._svd_original import networks
-from .base import Defaults, LoraNames, check_size, settings_of
+from .base import Defaults, LoraNames, Networks, check_size, settings_of
 
 _SCHEDULER = {
     "prediction_type": "v_prediction",
@@ -154,9 +154,11 @@ def denoise(unet: UNetSpatioTemporalConditionModel, z: Tensor, t: float | Tensor
     return unet(seen, t, cond["image"].to(unet.dtype), cond["time_ids"]).sample.transpose(1, 2).float()
 
 
-class StableVideoDiffusion:
+class StableVideoDiffusion(Networks):
     """See `vader_backend.models.base.VideoModel`. It reads no text: prompts matter to rewards only."""
 
+    denoiser: UNetSpatioTemporalConditionModel
+    vae: AutoencoderKLTemporalDecoder
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefix = "unet."
 
@@ -174,28 +176,18 @@ class StableVideoDiffusion:
         noise_augmentation: float = 0.02,
         decode_chunk: int = 0,
     ) -> None:
-        self.name = name
-        self.settings: Mapping[str, Any] = {}
-        self.denoiser = denoiser
-        self.vae = vae
+        super().__init__(name, denoiser, vae, process, [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks])
         self.image_encoder = image_encoder
-        self.process: Process = process
         self.mean, self.std = mean, std
         self.motion_bucket = motion_bucket
         self.noise_augmentation = noise_augmentation
         self.decode_chunk = decode_chunk
-        self.fingerprint = fingerprint(denoiser)
         kinds = denoiser.config.up_block_types
         plain = frozenset(i for i, kind in enumerate(kinds) if not kind.startswith("CrossAttn"))
         comfy = partial(keys.unet_key, layers=denoiser.config.layers_per_block, plain=plain)
         self.lora_names = LoraNames(comfy=comfy)
-        self.blocks: Sequence[nn.Module] = [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
         self.defaults = _defaults(denoiser, self.scale)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
 
     def parts(self) -> dict[str, nn.Module]:
         return {"denoiser": self.denoiser, "vae": self.vae, "image_encoder": self.image_encoder}

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, SUFFIXES, checkpoint_error, fingerprint, read_tensors
-from ..process import Process, VariancePreserving
+from ..loading import DTYPES, SUFFIXES, checkpoint_error, read_tensors
+from ..process import VariancePreserving
 from ..types import Conditioning, VideoSpec
 from ._ldm import build_autoencoder, decode_frames, encode_frames
 from ._single_file import Part, shapes
 from ._videocrafter2_text import build_text_encoder, is_tokenizer, read_tokenizer, tokenize, tokenizer_beside
 from ._videocrafter2_unet import build_unet, lora_module
-from .base import Defaults, LoraNames, check_size, refuse_images, settings_of
+from .base import Defaults, LoraNames, Networks, check_size, refuse_images, settings_of
 
 PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.")
 BUFFERS = {
@@ -140,9 +140,11 @@ def make_process(scheduler: Mapping[str, Any] = SCHEDULER, scale_end: float = SC
     return replace(plain, scale=torch.cat([ramp, ramp[-1:].expand(plain.train_steps)]))
 
 
-class VideoCrafter2:
+class VideoCrafter2(Networks):
     """See `vader_backend.models.base.VideoModel`."""
 
+    denoiser: UNet3DConditionModel
+    vae: AutoencoderKL
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v")
     lora_prefix = "unet."
 
@@ -155,25 +157,14 @@ class VideoCrafter2:
         tokenizer: CLIPTokenizer,
         process: VariancePreserving,
     ) -> None:
-        self.name = name
-        self.settings: Mapping[str, Any] = {}
-        self.denoiser = denoiser
-        self.vae = vae
+        blocks = [denoiser.transformer_in, *denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
+        super().__init__(name, denoiser, vae, process, blocks)
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
-        self.process: Process = process
-        self.fingerprint = fingerprint(denoiser)
         self.lora_names = LoraNames(original=partial(lora_module, layers=denoiser.config.layers_per_block))
-        self.blocks: Sequence[nn.Module] = [
-            denoiser.transformer_in, *denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks
-        ]  # fmt: skip
         self.context = text_encoder.config.max_position_embeddings
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)
         self.defaults = PUBLISHED if denoiser.config.block_out_channels[0] >= _PUBLISHED_WIDTH else _MINI
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
 
     def parts(self) -> dict[str, nn.Module]:
         return {"denoiser": self.denoiser, "vae": self.vae, "text_encoder": self.text_encoder}

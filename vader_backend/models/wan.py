@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from transformers import CLIPVisionModel
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, fingerprint, load_frozen, names_pipeline, reading
-from ..process import Flow, Process
+from ..loading import DTYPES, load_frozen, names_pipeline, reading
+from ..process import Flow
 from ..types import Conditioning, VideoSpec
 from ._clip_image import CLIPImage, read_image_encoder
 from ._flow import static_spacing
@@ -29,7 +29,7 @@ from ._single_file import Part, shapes
 from ._t5 import T5Text, load_text, read_text
 from ._wan_keys import comfy_module, is_wan, lacking_part, read_transformer, read_vae
 from ._wan_vae import decode_frames, encode_frames, statistics
-from .base import Defaults, LoraNames, refuse_images, settings_of
+from .base import Defaults, LoraNames, Networks, refuse_images, settings_of
 
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 _TOKENS = 512
@@ -140,9 +140,11 @@ def _from_files(path: Path, config: Config) -> dict[str, Any]:
     }
 
 
-class Wan:
+class Wan(Networks):
     """See `vader_backend.models.base.VideoModel`."""
 
+    denoiser: WanTransformer3DModel
+    vae: AutoencoderKLWan
     lora_targets: Sequence[str] = ("to_q", "to_k", "to_v", "to_out.0")
     lora_prefix = "transformer."
     lora_names = LoraNames(comfy=comfy_module)
@@ -158,22 +160,12 @@ class Wan:
         first_frame: bool,
         gradient_latents: int,
     ) -> None:
-        self.name = name
-        self.settings: Mapping[str, Any] = {}
-        self.denoiser = denoiser
-        self.vae = vae
+        super().__init__(name, denoiser, vae, process, list(denoiser.blocks))
         self.text = text
         self.image = image
-        self.process: Process = process
         self.first_frame = first_frame
         self.gradient_latents = gradient_latents
-        self.fingerprint = fingerprint(denoiser)
-        self.blocks: Sequence[nn.Module] = list(denoiser.blocks)
         self.defaults = _WAN_2_2 if vae.config.z_dim == _CHANNELS_2_2 else _WAN_2_1
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
 
     def parts(self) -> dict[str, nn.Module]:
         image = {} if self.image is None else {"image_encoder": self.image.encoder}
