@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast, get_args
 
 from torch import Tensor
 
-from ..vader_backend.config import option
+from ..vader_backend.config import InputError, option
 from ..vader_backend.evaluation.pictures import contact_sheet, side_by_side
-from ..vader_backend.lora import LoraWeights, save_lora
+from ..vader_backend.lora import LoraWeights, in_layout, save_lora
+from ..vader_backend.lora_formats import Layout
+from ..vader_backend.models.base import VideoModel
 from ..vader_backend.prompts import PromptSet
 from ..vader_backend.runs import check_name
 from ..vader_backend.video_file import write_mp4
@@ -21,6 +23,18 @@ _GRID, _SEPARATE = "grid", "one file per video"
 
 def _check_prefix(filename_prefix: str | None) -> bool | str:
     return True if filename_prefix is None else schema.verdict(lambda: check_name(filename_prefix, "filename_prefix"))
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """How a LoRA's tensors are named."""
+
+    layout: str = option(
+        "comfyui",
+        "comfyui: as ComfyUI's own LoRA loaders read it; diffusers: as load_lora_weights of diffusers does, which "
+        "needs the model.",
+        choices=get_args(Layout),
+    )
 
 
 class VaderSaveLoRA:
@@ -37,16 +51,30 @@ class VaderSaveLoRA:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         prefix = schema.text("loras/vader", "File name in the output folder; a number and .safetensors follow.")
         lora = schema.link("LORA_MODEL", "The LoRA to write.")
-        return {"required": {"lora": lora}, "optional": {"filename_prefix": prefix}}
+        model = schema.link("VADER_MODEL", "The model that the LoRA is for; needed for another layout only.")
+        optional = {"filename_prefix": prefix, **schema.inputs(LoraFile), "model": model}
+        return {"required": {"lora": lora}, "optional": optional}
 
     @classmethod
     def VALIDATE_INPUTS(cls, filename_prefix: str | None = "loras/vader") -> bool | str:
         return _check_prefix(filename_prefix)
 
-    def save(self, lora: dict[str, Tensor], filename_prefix: str = "loras/vader") -> dict[str, Any]:
+    def save(
+        self,
+        lora: dict[str, Tensor],
+        filename_prefix: str = "loras/vader",
+        model: VideoModel | None = None,
+        **values: Any,
+    ) -> dict[str, Any]:
+        layout = schema.read(LoraFile, values).layout
+        weights = LoraWeights(lora, getattr(lora, "metadata", {"format": "pt"}))
+        if model is not None:
+            weights = in_layout(model, weights, cast(Layout, layout))
+        elif layout != "comfyui":
+            raise InputError(f"The layout {layout} names the model's own modules; connect the model to Save LoRA.")
         path = host.new_file(filename_prefix, ".safetensors")
         if host.is_main():
-            save_lora(path, LoraWeights(lora, getattr(lora, "metadata", {"format": "pt"})))
+            save_lora(path, weights)
         name = path.relative_to(host.current().output()).as_posix()
         return {"ui": {"text": [f"wrote output/{name}"]}, "result": (name,)}
 

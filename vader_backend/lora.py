@@ -167,6 +167,16 @@ def export(
     return LoraWeights(tensors, metadata)
 
 
+def in_layout(model: VideoModel, weights: LoraWeights, layout: Layout) -> LoraWeights:
+    """A LoRA of any layout that is read, under the keys of the given one; alpha / rank goes into B.
+
+    Raises:
+        InputError: the LoRA was made for another base model.
+    """
+    tensors = {file_key(model, name, layout): tensor for name, tensor in _by_module(model, weights).items()}
+    return LoraWeights(tensors, weights.metadata)
+
+
 @contextmanager
 def _tuner(model: VideoModel, config: peft.LoraConfig, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):

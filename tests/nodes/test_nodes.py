@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import VARIANTS
 from tiny_graph import Redness
 from vader_nodes.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, host, validate, workflow
 from vader_nodes.nodes.evaluate import VaderScoreVideo
@@ -21,6 +22,7 @@ from vader_nodes.nodes.train import VaderTrainLoRA
 from vader_nodes.tools import locales
 from vader_nodes.vader_backend import registry
 from vader_nodes.vader_backend.config import InputError
+from vader_nodes.vader_backend.lora import LoraConfig, attached, export, load_lora
 from vader_nodes.vader_backend.prompts import PromptSet
 
 NODES = sorted(NODE_CLASS_MAPPINGS.items())
@@ -99,6 +101,30 @@ def test_linked_settings_are_not_judged_early() -> None:
 def test_output_names_that_leave_the_folder_are_refused(prefix: str) -> None:
     assert "filename_prefix" in str(VaderSaveLoRA.VALIDATE_INPUTS(prefix))
     assert "filename_prefix" in str(VaderSaveVideo.VALIDATE_INPUTS(prefix))
+
+
+def _tiny_svd(folder: Path) -> Any:
+    VARIANTS["svd"].write(folder)
+    return VARIANTS["svd"].build(folder)
+
+
+def test_a_lora_is_saved_in_either_layout(empty_base: Path) -> None:
+    model = _tiny_svd(empty_base / "model")
+    with attached(model, LoraConfig(rank=2), seed=0) as parameters:
+        expected = {name: value.detach().clone() for name, value in parameters.items()}
+    lora = export(model, expected, 1.0, {"base_model": model.name})
+    files = {
+        layout: VaderSaveLoRA().save(lora, model=model, layout=layout)["result"][0]
+        for layout in ("comfyui", "diffusers")
+    }
+    read = {layout: load_lora(host.current().output() / name) for layout, name in files.items()}
+    assert set(read["comfyui"]) == set(lora)
+    assert set(read["diffusers"]) == {f"unet.{name}" for name in expected}
+    for name, tensor in expected.items():
+        assert torch.equal(read["diffusers"][f"unet.{name}"], tensor)
+    assert read["diffusers"].metadata == read["comfyui"].metadata
+    with pytest.raises(InputError, match="connect the model"):
+        VaderSaveLoRA().save(lora, layout="diffusers")
 
 
 @pytest.mark.parametrize("given", [{"source": "typed"}, {"source": "typed", "text": " \n "}, {"source": "file"}])
