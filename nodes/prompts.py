@@ -31,14 +31,24 @@ class VaderPrompts:
         return {"required": {}, "optional": schema.inputs(Config)}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, source: str | None = "mini", text: str | None = "", file: str | None = "") -> bool | str:
-        if source is None or text is None or file is None:
+    def VALIDATE_INPUTS(
+        cls,
+        source: str | None = "mini",
+        text: str | None = "",
+        file: str | None = "",
+        held_out_file: str | None = "",
+    ) -> bool | str:
+        if source is None or text is None or file is None or held_out_file is None:
             return True
-        return schema.verdict(lambda: build(Config(source=source, text=text, file=file), host.read_input))
+        config = Config(source=source, text=text, file=file, held_out_file=held_out_file)
+        return schema.verdict(lambda: build(config, host.read_input))
 
     @classmethod
-    def IS_CHANGED(cls, source: str = "mini", file: str = "", **_: Any) -> str:
-        return hashlib.sha256(host.read_input(file).encode()).hexdigest() if source == "file" else ""
+    def IS_CHANGED(cls, source: str = "mini", file: str = "", held_out_file: str = "", **_: Any) -> str:
+        if source != "file":
+            return ""
+        read = [host.read_input(name) for name in (file, held_out_file) if name]
+        return hashlib.sha256(repr(read).encode()).hexdigest()
 
     def read(self, **values: Any) -> tuple[PromptSet, str]:
         prompts = build(schema.read(Config, values), host.read_input)
@@ -63,17 +73,26 @@ class VaderImagePrompts:
         return {"required": {}, "optional": {**own, **schema.inputs(image_prompts.Config)}}
 
     @classmethod
-    def VALIDATE_INPUTS(cls, source: str | None = "mini", folder: str | None = "") -> bool | str:
-        if source != "folder" or folder is None:
+    def VALIDATE_INPUTS(
+        cls, source: str | None = "mini", folder: str | None = "", held_out_folder: str | None = ""
+    ) -> bool | str:
+        if source != "folder":
             return True
-        return schema.verdict(lambda: image_prompts.pictures(host.input_folder(folder)))
+
+        def attempt() -> None:
+            for name in (folder, held_out_folder or None):
+                if name is not None:
+                    image_prompts.pictures(host.input_folder(name))
+
+        return schema.verdict(attempt)
 
     @classmethod
-    def IS_CHANGED(cls, source: str = "mini", folder: str = "", **_: Any) -> str:
+    def IS_CHANGED(cls, source: str = "mini", folder: str = "", held_out_folder: str = "", **_: Any) -> str:
         if source != "folder":
             return ""
-        found = [(path.name, path.stat().st_mtime_ns) for path in sorted(host.input_folder(folder).iterdir())]
-        return hashlib.sha256(repr(found).encode()).hexdigest()
+        folders = [host.input_folder(name) for name in (folder, held_out_folder) if name]
+        files = [path for place in folders for path in sorted(place.iterdir())]
+        return hashlib.sha256(repr([(str(path), path.stat().st_mtime_ns) for path in files]).encode()).hexdigest()
 
     def read(self, images: Tensor | None = None, **values: Any) -> tuple[PromptSet, str]:
         with host.training_mode():

@@ -51,6 +51,19 @@ def test_a_folder_gives_pictures_with_captions(folder: Path) -> None:
         assert image.float().mean((1, 2)).tolist() == [255 * part for part in color]
 
 
+def test_a_second_folder_is_held_out_whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    Image.new("RGB", (9, 9), "red").save(other / "0_red.png")
+    Image.new("RGB", (9, 9), "lime").save(other / "maltese.png")
+    folders = {"seen": folder, "unseen": other}
+    prompts = build(Config(source="folder", folder="seen", held_out_folder="unseen"), folders.__getitem__)
+    assert prompts.train == ("0 red", "1 lime", "the sea, at noon", "3 white")
+    assert prompts.held_out == ("0 red", "maltese")
+    assert [tuple(image.shape) for image in prompts.held_out_images] == [(3, 9, 9)] * 2
+    limited = build(Config(source="folder", folder="seen", held_out_folder="unseen", limit=1), folders.__getitem__)
+    assert (len(limited.train), len(limited.held_out)) == (1, 1)
+
+
 def test_a_limit_keeps_captions_with_their_images(folder: Path) -> None:
     prompts = build(Config(source="folder", folder="x", limit=2, held_out_fraction=0.0), lambda name: folder)
     whole = build(Config(source="folder", folder="x", held_out_fraction=0.0), lambda name: folder)

@@ -54,6 +54,19 @@ def test_file_is_read_through_the_callers_reader() -> None:
     assert found.train == ("a", "b")
 
 
+def test_a_second_file_is_held_out_whole() -> None:
+    files = {"train.txt": "a\nb\n", "test.txt": "b\nc\nd\n"}
+    found = build(Config(source="file", file="train.txt", held_out_file="test.txt"), files.__getitem__)
+    assert (found.train, found.held_out) == (("a", "b"), ("c", "d"))
+
+
+def test_stand_ins_say_that_they_are_our_own(root: Path) -> None:
+    for path in (root / "vader_backend" / "prompts").glob("*.txt"):
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert first.startswith("# Our own") == (path.stem != "activities"), path.name
+        assert not any(line.startswith("#") for line in built_in_list(path.stem))
+
+
 def test_unreadable_files_give_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
 
@@ -98,7 +111,7 @@ def test_every_shipped_list_belongs_to_a_set(root: Path) -> None:
     used = {line for source in BUILT_IN for part in _parts(source) for line in part}
     assert len(shipped) >= 7
     for path in shipped:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = built_in_list(path.stem)
         assert 25 <= len(lines) == len(set(lines)), path.name
         assert set(lines) <= used, path.name
 

@@ -9,6 +9,14 @@ from vader_nodes.vader_backend.types import FrameSpec
 
 Workflow = dict[str, dict[str, Any]]
 SMALL = {"frames": 3, "height": 8, "width": 8}
+QUICK: dict[str, dict[str, Any]] = {  # with which an embedded workflow takes seconds
+    "VaderTrainLoRA": {
+        "steps": 2, "batch_size": 1, "grad_accumulation_steps": 1, "sampling_steps": 2, "k": 1, "from_step": 0,
+        "preview_every": 1,
+    },
+    "VaderApplyLoRASample": {"steps": 2, "limit": 1},
+    "VaderCompareVideos": {"limit": 1},
+}  # fmt: skip
 
 
 class Redness:
@@ -60,6 +68,13 @@ def story() -> Workflow:
         "9": node("VaderSaveVideo", images=["8", 0]),
         "10": node("VaderSaveLoRA", lora=["5", 0]),
     }  # fmt: skip
+
+
+def quick(data: Workflow) -> Workflow:
+    """A workflow with the settings of QUICK."""
+    return {
+        key: {**entry, "inputs": entry["inputs"] | QUICK.get(entry["class_type"], {})} for key, entry in data.items()
+    }
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:

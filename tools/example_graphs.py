@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..nodes import NODE_CLASS_MAPPINGS
-from . import frontend, workflows
+from . import frontend, workflow_sources
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-FOLDER = workflows.ROOT / "nodes" / "web" / "docs" / "images"
+FOLDER = workflow_sources.ROOT / "nodes" / "web" / "docs" / "images"
 _WIDTH = 900  # pixels; the help panel is rarely wider
 _DRAW = """async ([api, name, width]) => {
     app.graph.clear();
@@ -50,10 +50,19 @@ _DRAW = """async ([api, name, width]) => {
 
 def examples() -> dict[str, dict[str, Any]]:
     """A graph in API format for each node of the pack."""
-    paths = sorted(workflows.sources(), key=lambda path: (bool(workflows.downloads(path)), path.stem != "quickstart"))
-    graphs = [workflows.read(path)[1] for path in paths]
+    known = workflow_sources.sources()
+    names = sorted(known, key=lambda name: (bool(workflow_sources.downloads(known[name])), name != "quickstart"))
+    graphs = [workflow_sources.graph(known[name]) for name in names]
     shipped = {node["class_type"]: graph for graph in reversed(graphs) for node in graph.values()}
+    shipped["VaderRewardTable"] = _as_table(shipped["VaderScoreVideo"])
     return {name: shipped.get(name) or _with_reward(graphs[0], name) for name in NODE_CLASS_MAPPINGS}
+
+
+def _as_table(graph: dict[str, Any]) -> dict[str, Any]:
+    """The graph with Reward Table, which stands in no workflow, in the place of Score Video."""
+    key, node = next((key, node) for key, node in graph.items() if node["class_type"] == "VaderScoreVideo")
+    inputs = {name: node["inputs"][name] for name in ("images", "prompts", "reward")}
+    return {**graph, key: {"class_type": "VaderRewardTable", "inputs": inputs}}
 
 
 def _with_reward(graph: dict[str, Any], name: str) -> dict[str, Any]:
@@ -81,7 +90,7 @@ def main() -> None:
         for name, graph in examples().items():
             with frontend.opened(address) as page:
                 _take(page, name, graph)
-            print((FOLDER / f"{name}.jpg").relative_to(workflows.ROOT))
+            print((FOLDER / f"{name}.jpg").relative_to(workflow_sources.ROOT))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Writes the workflow files, canvas and API format, from workflows/source/*.toml through the real front end.
+"""Writes the workflow files, canvas and API format, from their sources through the real front end.
 
-A source names the nodes, their inputs and the groups they stand in; a string "@name" or "@name.output"
-is a link. The front end sizes the nodes, serialises the graph and converts it, so that both files say
-the same. Run as `make workflows`.
+The front end sizes the nodes, serialises the graph and converts it, so that both files say the same. Run as
+`make workflows`.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import sys
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..nodes import NODE_CLASS_MAPPINGS
 from . import frontend
+from .workflow_sources import FOLDER, ROOT, Source, completed, graph, sources
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,10 +27,6 @@ else:
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "workflows"
-_GROUP_KEYS = {"title", "color", "note", "nodes"}
-_NODE_KEYS = {"class", "title", "inputs", "models"}
 _ROOM = {  # what nodes grow by while they run, in pixels of the canvas
     "VaderTrainLoRA": 420,
     "VaderApplyLoRASample": 260,
@@ -85,63 +81,20 @@ _SHOW = """([width]) => {
 _VIEW, _THUMBNAIL = (1672, 866), (836, 433)  # pixels
 
 
-def sources() -> list[Path]:
-    """The source files, by name."""
-    return sorted((FOLDER / "source").glob("*.toml"))
+def draw(page: Page, name: str, source: Source) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The UI-format and the API-format file of a workflow.
 
-
-def downloads(path: Path) -> list[dict[str, str]]:
-    """What the nodes of a source ask for that is not embedded: each model's name, url, and directory in models/."""
-    nodes = tomllib.loads(path.read_text(encoding="utf-8"))["nodes"].values()
-    return [model for node in nodes for model in node.get("models", [])]
-
-
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A source file and its graph in API format, ids counted from 1 in the order of the nodes.
-
-    Raises:
-        ValueError: it has keys that mean nothing, or a link or group names no node or output.
+    Every setting is stated: the front end would keep those that are not from the graph that it drew before.
     """
-    source = tomllib.loads(path.read_text(encoding="utf-8"))
-    ids = {name: str(number) for number, name in enumerate(source["nodes"], 1)}
-    _check(source, path.name)
-    api = {
-        ids[name]: {
-            "class_type": node["class"],
-            "inputs": {key: _value(value, source["nodes"], ids) for key, value in node.get("inputs", {}).items()},
-            "_meta": {"title": node["title"]},
-        }
-        for name, node in source["nodes"].items()
-    }
-    return source, api
-
-
-def _check(source: dict[str, Any], name: str) -> None:
-    strange = [key for node in source["nodes"].values() for key in node.keys() - _NODE_KEYS]
-    strange += [key for group in source["groups"] for key in group.keys() - _GROUP_KEYS]
-    grouped = sorted(member for group in source["groups"] for member in group["nodes"])
-    if strange or grouped != sorted(source["nodes"]):
-        raise ValueError(f"{name}: unknown keys {strange}, or a node that stands in no group or in two")
-
-
-def _value(value: Any, nodes: dict[str, Any], ids: dict[str, str]) -> Any:
-    """A literal as it is; "@name.output" as [id, number of the output]."""
-    if not (isinstance(value, str) and value.startswith("@")):
-        return value
-    name, _, output = value[1:].partition(".")
-    outputs = NODE_CLASS_MAPPINGS[nodes[name]["class"]].RETURN_NAMES
-    return [ids[name], outputs.index(output) if output else 0]
-
-
-def draw(page: Page, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The UI-format and the API-format file of a source."""
-    source, api = read(path)
-    numbers = {name: number for number, name in enumerate(source["nodes"], 1)}
-    groups = [{**group, "nodes": [numbers[name] for name in group["nodes"]]} for group in source["groups"]]
-    given = {"api": api, "groups": groups, "about": source["about"], "width": 380, "gap": 60, "room": _ROOM}
+    members: dict[str, list[int]] = {key: [] for key in source["groups"]}
+    for number, node in enumerate(source["nodes"].values(), 1):
+        members[node["group"]].append(number)
+    groups = [{**group, "nodes": members[key]} for key, group in source["groups"].items()]
+    given = {"api": completed(graph(source)), "groups": groups, "about": source["about"]}
+    given |= {"width": 380, "gap": 60, "room": _ROOM}
     drawn = json.loads(page.evaluate(_DRAW, given))
-    models = {numbers[name]: node.get("models", []) for name, node in source["nodes"].items()}
-    return _finished(drawn["ui"], path.stem, models), drawn["api"]
+    models = {number: node.get("models", []) for number, node in enumerate(source["nodes"].values(), 1)}
+    return _finished(drawn["ui"], name, models), drawn["api"]
 
 
 def _finished(ui: dict[str, Any], name: str, models: dict[int, list[dict[str, str]]]) -> dict[str, Any]:
@@ -171,16 +124,18 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Write every workflow file anew; a thumbnail that is there is kept, since it may show videos."""
-    with frontend.serving() as address:
-        for path in sources():
-            with frontend.opened(address) as page:
-                ui, api = draw(page, path)
-                if not (thumbnail := FOLDER / f"{path.stem}.jpg").exists():
-                    picture(page, thumbnail)
-            write(FOLDER / f"{path.stem}.json", ui)
-            write(FOLDER / "api" / f"{path.stem}.json", api)
-            print(f"{path.stem}: {len(api)} nodes")
+    """Write the named workflows anew, or all; a thumbnail that is there is kept, since it may show videos."""
+    parser = argparse.ArgumentParser(prog="python -m vader_nodes.tools.workflows", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a workflow's name; all by default")
+    names = parser.parse_args().names or list(sources())
+    with frontend.serving() as address, frontend.opened(address) as page:
+        for name in names:
+            ui, api = draw(page, name, sources()[name])
+            if not (thumbnail := FOLDER / f"{name}.jpg").exists():
+                picture(page, thumbnail)
+            write(FOLDER / f"{name}.json", ui)
+            write(FOLDER / "api" / f"{name}.json", api)
+            print(f"{name}: {len(api)} nodes", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ class VideoConfig:
     """Size of the videos; 0 stands for the model's own."""
 
     frames: int = option(0, "Frames per video; 0 takes the model's own number.", low=0, high=1024)
-    height: int = option(0, "Height in pixels; 0 takes the model's own.", low=0, high=4096, step=8)
-    width: int = option(0, "Width in pixels; 0 takes the model's own.", low=0, high=4096, step=8)
+    height: int = option(0, "Height in pixels; 0 takes the model's own.", low=0, high=4096, step=4)
+    width: int = option(0, "Width in pixels; 0 takes the model's own.", low=0, high=4096, step=4)
 
     def resolve(self, model: VideoModel) -> VideoSpec:
         """The size to use with a model. Raises InputError where the model cannot make it."""

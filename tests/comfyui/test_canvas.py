@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from vader_nodes.tools import frontend, workflows
+from vader_nodes.tools import frontend, workflow_sources
 from vader_nodes.tools.comfyui import Server
 
-NAMES = [path.stem for path in workflows.sources()]
+NAMES = list(workflow_sources.sources())
 PANEL = "id => app.graph.getNodeById(id)?.vaderPanel?.root.innerText ?? ''"
 TRAIN = 5  # the Train node of the quickstart
 
@@ -27,7 +27,7 @@ def page(comfy: Server) -> Iterator[Any]:
 
 def drawn(name: str, /, **widgets: Any) -> dict[str, Any]:
     """A shipped canvas file; `widgets` are changed wherever a node has them."""
-    ui = json.loads((workflows.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    ui = json.loads((workflow_sources.FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     for node in ui["nodes"]:
         named = node.pop("widgets_values_named", {})
         for position, key in enumerate(named):
@@ -47,7 +47,7 @@ def press_run(page: Any) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_canvas_files_open_and_convert_to_their_api_files(page: Any, name: str) -> None:
     converted = frontend.converted(page, drawn(name))
-    assert converted == json.loads((workflows.FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    assert converted == json.loads((workflow_sources.FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def test_the_template_browser_lists_the_workflows(comfy: Server) -> None:

@@ -8,23 +8,14 @@ from typing import Any
 
 import pytest
 from comfyui.graphs import LORA, SAMPLE, TRAIN, checked, core, files, run_folder, sampling, steps, training
-from tiny_graph import node
+from tiny_graph import QUICK, node, quick
 from vader_nodes.nodes import NODE_CLASS_MAPPINGS
-from vader_nodes.tools import workflows
 from vader_nodes.tools.comfyui import PACK, Server
 from vader_nodes.tools.comfyui_client import Prompt, Refused
+from vader_nodes.tools.workflow_sources import FOLDER, downloads, sources
 
-API = workflows.FOLDER / "api"
-EMBEDDED = [path.stem for path in workflows.sources() if not workflows.downloads(path)]
-DOWNLOADED = [path.stem for path in workflows.sources() if workflows.downloads(path)]
-QUICK: dict[str, dict[str, Any]] = {
-    "VaderTrainLoRA": {
-        "steps": 2, "batch_size": 1, "grad_accumulation_steps": 1, "sampling_steps": 2, "k": 1, "from_step": 0,
-        "preview_every": 1,
-    },
-    "VaderApplyLoRASample": {"steps": 2, "limit": 1},
-    "VaderCompareVideos": {"limit": 1},
-}  # fmt: skip
+API = FOLDER / "api"
+DOWNLOADS = {name: found for name, source in sources().items() if (found := downloads(source))}
 
 
 def test_the_pack_loads_without_a_warning(comfy: Server) -> None:
@@ -48,11 +39,9 @@ def test_help_pages_are_served(comfy: Server, root: Path) -> None:
         assert comfy.client.text(f"/extensions/{PACK}/docs/{page.name}") == page.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", sorted(sources().keys() - DOWNLOADS))
 def test_shipped_workflows_run(comfy: Server, name: str) -> None:
-    prompt: Prompt = json.loads((API / f"{name}.json").read_text(encoding="utf-8"))
-    for entry in prompt.values():
-        entry["inputs"] |= QUICK.get(entry["class_type"], {})
+    prompt: Prompt = quick(json.loads((API / f"{name}.json").read_text(encoding="utf-8")))
     run = checked(comfy.client.run(prompt))
     cached = {key for data in run.of("execution_cached") for key in data["nodes"]}
     assert run.ran | cached == set(prompt)
@@ -65,11 +54,12 @@ def test_shipped_workflows_run(comfy: Server, name: str) -> None:
     assert [file for file in files(comfy, run) if not file.is_file()] == []
 
 
-@pytest.mark.parametrize("name", DOWNLOADED)
+@pytest.mark.parametrize("name", DOWNLOADS)
 def test_workflows_without_their_downloads_are_refused(comfy: Server, name: str) -> None:
     with pytest.raises(Refused) as refused:
         comfy.client.run(json.loads((API / f"{name}.json").read_text(encoding="utf-8")))
-    assert "clip-vit-large-patch14" in refused.value.details()
+    lacking = {model["name"] for model in DOWNLOADS[name] if model["directory"] == "reward_models"}
+    assert [model for model in lacking if model in refused.value.details()]
 
 
 def change(prompt: Prompt, key: str, **inputs: Any) -> Prompt:

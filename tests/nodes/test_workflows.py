@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vader_nodes.nodes import NODE_CLASS_MAPPINGS, graph, validate, workflow
-from vader_nodes.tools import frontend, workflows
+from vader_nodes.tools import frontend
+from vader_nodes.tools.workflow_sources import FOLDER, downloads, sources
+from vader_nodes.tools.workflow_sources import graph as source_graph
 from vader_nodes.vader_backend import registry
 from vader_nodes.vader_backend.config import InputError
 
-NAMES = [path.stem for path in workflows.sources()]
-DOWNLOADS = {path.stem: found for path in workflows.sources() if (found := workflows.downloads(path))}
+NAMES = list(sources())
+DOWNLOADS = {name: found for name, source in sources().items() if (found := downloads(source))}
 
 
 def read(path: Path) -> Any:
@@ -55,10 +58,10 @@ def embed(nodes: dict[str, workflow.Node], models: list[dict[str, str]]) -> set[
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_workflows_are_sound(name: str, empty_base: Path) -> None:
     """Those of the real models too, once what they name is there."""
-    pictures = empty_base / "input" / "start_images"
-    pictures.mkdir(parents=True)
-    (pictures / "a_red_kite.png").touch()
-    nodes = workflow.load(workflows.FOLDER / "api" / f"{name}.json")
+    nodes = workflow.load(FOLDER / "api" / f"{name}.json")
+    for folder in {value for node in nodes.values() for key, value in node.inputs.items() if key.endswith("folder")}:
+        (empty_base / "input" / folder).mkdir(parents=True, exist_ok=True)
+        (empty_base / "input" / folder / "a_red_kite.png").touch()
     models = DOWNLOADS.get(name, [])
     assert embed(nodes, models) == {model["name"] for model in models}
     validate.check(nodes, NODE_CLASS_MAPPINGS)
@@ -67,13 +70,14 @@ def test_shipped_workflows_are_sound(name: str, empty_base: Path) -> None:
 
 @pytest.mark.parametrize("name", DOWNLOADS)
 def test_a_workflow_without_its_downloads_is_refused(name: str, empty_base: Path) -> None:
-    with pytest.raises(InputError, match="clip-vit-large-patch14"):
-        validate.check(workflow.load(workflows.FOLDER / "api" / f"{name}.json"), NODE_CLASS_MAPPINGS)
+    lacking = [re.escape(model["name"]) for model in DOWNLOADS[name] if model["directory"] == "reward_models"]
+    with pytest.raises(InputError, match="|".join(lacking)):
+        validate.check(workflow.load(FOLDER / "api" / f"{name}.json"), NODE_CLASS_MAPPINGS)
 
 
 @pytest.mark.parametrize("name", DOWNLOADS)
 def test_a_canvas_file_says_where_its_downloads_are(name: str) -> None:
-    drawn = read(workflows.FOLDER / f"{name}.json")
+    drawn = read(FOLDER / f"{name}.json")
     stated = [model for node in drawn["nodes"] for model in node["properties"].get("models", [])]
     assert stated == DOWNLOADS[name]
     notes = "\n".join(str(node["widgets_values"]) for node in drawn["nodes"] if node["type"] == "MarkdownNote")
@@ -84,19 +88,19 @@ def test_a_canvas_file_says_where_its_downloads_are(name: str) -> None:
 
 
 def test_each_family_has_its_quickstart() -> None:
-    assert {f"quickstart_{family}" for family in registry.names("models")} == set(DOWNLOADS)
+    assert {f"quickstart_{family}" for family in registry.names("models")} <= set(DOWNLOADS)
 
 
 def test_each_workflow_has_its_source() -> None:
     assert set(NAMES) >= {"quickstart", "demo"}
-    for folder in (workflows.FOLDER, workflows.FOLDER / "api"):
-        assert sorted(path.stem for path in folder.glob("*.json")) == NAMES
+    for pattern in ("*.json", "*.jpg", "api/*.json"):
+        assert sorted(path.stem for path in FOLDER.glob(pattern)) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_api_file_says_what_the_source_says(name: str) -> None:
-    _, wanted = workflows.read(workflows.FOLDER / "source" / f"{name}.toml")
-    shipped = read(workflows.FOLDER / "api" / f"{name}.json")
+    wanted = source_graph(sources()[name])
+    shipped = read(FOLDER / "api" / f"{name}.json")
     assert shipped.keys() == wanted.keys()
     for key, node in wanted.items():
         assert {**shipped[key], "inputs": {**shipped[key]["inputs"], **node["inputs"]}} == shipped[key]
@@ -109,7 +113,7 @@ def test_the_api_file_says_what_the_source_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_canvas_file_explains_itself_and_nothing_overlaps(name: str) -> None:
-    drawn = read(workflows.FOLDER / f"{name}.json")
+    drawn = read(FOLDER / f"{name}.json")
     assert drawn["version"] == 0.4
     assert drawn["groups"]
     assert any(entry["type"] == "MarkdownNote" for entry in drawn["nodes"])
@@ -123,16 +127,16 @@ def test_a_canvas_file_explains_itself_and_nothing_overlaps(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_front_end_converts_the_canvas_file_to_the_api_file(page: Any, name: str) -> None:
-    converted = frontend.converted(page, read(workflows.FOLDER / f"{name}.json"))
-    assert converted == read(workflows.FOLDER / "api" / f"{name}.json")
+    converted = frontend.converted(page, read(FOLDER / f"{name}.json"))
+    assert converted == read(FOLDER / "api" / f"{name}.json")
 
 
 def test_a_shifted_widget_or_a_missing_node_would_be_seen(page: Any) -> None:
-    drawn = read(workflows.FOLDER / "quickstart.json")
+    drawn = read(FOLDER / "quickstart.json")
     sample = next(entry for entry in drawn["nodes"] if entry["type"] == "VaderApplyLoRASample")
     sample["widgets_values"].remove("fixed")
     sample.pop("widgets_values_named", None)
-    assert frontend.converted(page, drawn) != read(workflows.FOLDER / "api" / "quickstart.json")
+    assert frontend.converted(page, drawn) != read(FOLDER / "api" / "quickstart.json")
     sample["type"] = "VaderNoSuchNode"
     with pytest.raises(ValueError, match="VaderNoSuchNode"):
         frontend.converted(page, drawn)

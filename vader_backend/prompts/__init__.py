@@ -26,6 +26,7 @@ _FILES: dict[str, tuple[str, str | None]] = {
     "animals_in_clothes": ("animals_in_clothes", "animals_in_clothes_unseen"),
     "book_and_cup": ("book_and_cup", None),
     "fashion_portraits": ("fashion_portraits", None),
+    "kinetics_actions": ("kinetics_actions", None),
 }
 BUILT_IN = ("mini", "mini_unseen", *_FILES)
 
@@ -83,6 +84,9 @@ class Config:
     )
     seed: int = option(0, "Seed of the split and of the choice under a limit.", low=0, high=2**53)
     limit: int = option(0, "At most this many training and this many held-out prompts; 0 takes all.", low=0, high=10000)
+    held_out_file: str = option(
+        "", "With file: another text file, whose prompts are all held out; empty splits the first."
+    )
 
 
 def build(config: Config, read_file: Callable[[str], str]) -> PromptSet:
@@ -108,15 +112,17 @@ def build(config: Config, read_file: Callable[[str], str]) -> PromptSet:
 
 
 def built_in_list(name: str) -> list[str]:
-    """The lines of one shipped text file."""
-    return (Path(__file__).parent / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    """The prompts of one shipped text file, without the line that says where they are from."""
+    lines = (Path(__file__).parent / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if not line.startswith("#")]
 
 
 def _lists(config: Config, read_file: Callable[[str], str]) -> tuple[Iterable[str], Iterable[str] | None]:
     if config.source == "typed":
         return config.text.splitlines(), None
     if config.source == "file":
-        return _read(config.file, read_file).splitlines(), None
+        other = _read(config.held_out_file, read_file).splitlines() if config.held_out_file else None
+        return _read(config.file, read_file).splitlines(), other
     if config.source.startswith("mini"):
         seen = SEEN_SCENES if config.source == "mini" else ()
         return [s.caption for s in seen], [s.caption for s in UNSEEN_SCENES]

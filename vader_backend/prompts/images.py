@@ -41,6 +41,9 @@ class Config:
     )
     seed: int = option(0, "Seed of the split, of the choice under a limit and of mini's pictures.", low=0, high=2**53)
     limit: int = option(0, "At most this many training and this many held-out images; 0 takes all.", low=0, high=10000)
+    held_out_folder: str = option(
+        "", "With folder: another folder of the input folder, whose pictures are all held out; empty splits the first."
+    )
 
 
 def build(config: Config, folder: Callable[[str], Path], connected: Sequence[Tensor] = ()) -> PromptSet:
@@ -59,10 +62,19 @@ def build(config: Config, folder: Callable[[str], Path], connected: Sequence[Ten
     if config.source == "connected":
         captions = _captions(config.text, len(connected))
         return _parted(PromptSet(captions, captions, tuple(connected), tuple(connected)), config)
-    files = {file.name: file for file in pictures(folder(config.folder))}
-    chosen = _parted(PromptSet(tuple(files), tuple(files)), config)  # only those are read: there may be many
-    train, held_out = ([files[name] for name in part] for part in (chosen.train, chosen.held_out))
+    train, held_out = _files(config, folder)
     return PromptSet(_captions_of(train), _captions_of(held_out), _pictures(train), _pictures(held_out))
+
+
+def _files(config: Config, folder: Callable[[str], Path]) -> list[list[Path]]:
+    """The chosen pictures of both parts; only those are read, since there may be many."""
+    names = tuple(map(str, pictures(folder(config.folder))))
+    if config.held_out_folder:
+        others = tuple(map(str, pictures(folder(config.held_out_folder))))
+        chosen = limited(PromptSet(names, others), config.limit, config.seed)
+    else:
+        chosen = _parted(PromptSet(names, names), config)
+    return [[Path(name) for name in part] for part in (chosen.train, chosen.held_out)]
 
 
 def _parted(everything: PromptSet, config: Config) -> PromptSet:
