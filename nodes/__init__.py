@@ -8,6 +8,7 @@ from . import host, live
 from .evaluate import VaderScoreVideo
 from .load import VaderLoadVideoModel
 from .prompts import VaderImagePrompts, VaderPrompts
+from .reward_table import VaderRewardTable
 from .rewards import VaderCombineRewards, VaderRewardTowards, reward_nodes, title
 from .sample import VaderApplyLoRASample
 from .save import VaderCompareVideos, VaderSaveLoRA, VaderSaveVideo
@@ -26,6 +27,7 @@ _NAMED: dict[str, type[Any]] = {
     "VADER Train LoRA": VaderTrainLoRA,
     "Apply LoRA Sample": VaderApplyLoRASample,
     "Score Video": VaderScoreVideo,
+    "Reward Table": VaderRewardTable,
     "Compare Videos": VaderCompareVideos,
     "Save LoRA": VaderSaveLoRA,
     "Save Videos": VaderSaveVideo,

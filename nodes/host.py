@@ -22,7 +22,7 @@ from ..vader_backend.config import InputError, suggest
 from ..vader_backend.runs import check_name, is_plain
 
 REWARD_MODELS = "reward_models"
-WEIGHTS = {".safetensors", ".pth", ".pt"}
+WEIGHTS = {".safetensors", ".pth", ".pt", ".tar"}  # .tar: V-JEPA is called .pth.tar
 _PREVIEW_SECONDS = 2.0
 _OLDER_NAMES = {"text_encoders": "clip", "diffusion_models": "unet"}  # of categories, still in use beside the new ones
 _TOKENIZERS = ("comfy/sd1_tokenizer", "comfy/text_encoders/t5_tokenizer")

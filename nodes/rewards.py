@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,8 +31,8 @@ class RewardNode:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        config = registry.load("rewards", cls.key).Config
-        return {"required": {}, "optional": schema.inputs(config, combos=_checkpoints(config))}
+        module = registry.load("rewards", cls.key)
+        return {"required": {}, "optional": schema.inputs(module.Config, combos=_checkpoints(module))}
 
     def make(self, **values: Any) -> tuple[Reward]:
         module = registry.load("rewards", self.key)
@@ -177,12 +178,24 @@ def _module(key: str) -> ModuleType | ImportError:
         return error
 
 
-def _checkpoints(config: type) -> dict[str, list[str]]:
-    """What to offer for fields that name weights, which have embedded ones as their default: files or folders."""
+def _checkpoints(module: ModuleType) -> dict[str, list[str]]:
+    """What to offer for fields that name weights: files or folders.
+
+    Such fields have embedded weights as their default, or stand in the module's MARKERS with the file by which
+    their folder is known, "" for a single file; several of them where either will do.
+    """
     found: dict[str, list[str]] = {}
-    for field in dataclasses.fields(config):
-        if isinstance(field.default, str) and field.default.startswith(PREFIX):
-            single = Path(field.default).suffix in host.WEIGHTS
-            others = host.files(host.REWARD_MODELS) if single else host.checkpoints(host.REWARD_MODELS, "config.json")
-            found[field.name] = [field.default, *others]
+    markers: dict[str, str | tuple[str, ...]] = getattr(module, "MARKERS", {})
+    for field in dataclasses.fields(module.Config):
+        name = str(field.default)
+        if field.name in markers or name.startswith(PREFIX):
+            marker = markers.get(field.name, "" if Path(name).suffix in host.WEIGHTS else "config.json")
+            found[field.name] = list(dict.fromkeys([name, *_named([marker] if isinstance(marker, str) else marker)]))
     return found
+
+
+def _named(markers: Collection[str]) -> list[str]:
+    """Folders known by a marker, and for "" single files outside of these."""
+    folders = [name for marker in markers if marker for name in host.checkpoints(host.REWARD_MODELS, marker)]
+    single = host.files(host.REWARD_MODELS) if "" in markers else []
+    return [*folders, *(name for name in single if name.rpartition("/")[0] not in folders)]

@@ -65,6 +65,26 @@ def test_a_combination_reports_every_part_over_all_frames() -> None:
     assert scores["brightness"] == pytest.approx(video.mean((1, 2, 3, 4)).tolist())
 
 
+class Two(Redness):
+    """Takes two frames and no other number."""
+
+    name = "two"
+    frames = FrameSpec("even", 2, exact=True)
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> Tensor:
+        assert video_BTCHW.shape[1] == len(indices) == 2
+        return super().__call__(video_BTCHW, prompts, indices)
+
+
+def test_a_reward_of_a_fixed_length_scores_its_own_frames() -> None:
+    video = videos(3, frames=5)
+    ends = video[:, [0, 4], 0].mean((1, 2, 3)).tolist()
+    assert score_videos(Two(), video, ["", "", ""]) == {"two": pytest.approx(ends)}
+    scores = score_videos(Combined([Brightness(), Two()], [1.0, 1.0]), video, ["", "", ""])
+    assert scores["brightness"] == pytest.approx(video.mean((1, 2, 3, 4)).tolist())
+    assert scores["two"] == pytest.approx(ends)
+
+
 def test_videos_and_prompts_must_match() -> None:
     with pytest.raises(InputError, match="3 videos and 2 prompts"):
         score_videos(Brightness(), videos(3), ["a", "b"])

@@ -33,6 +33,11 @@ def option(
     )
 
 
+def inherited(parent: type, name: str, default: Any) -> Any:
+    """A parent's field with another default."""
+    return dataclasses.field(default=default, metadata=parent.__dataclass_fields__[name].metadata)  # type: ignore[attr-defined]
+
+
 def check(config: Any) -> None:
     """Check every field of a dataclass made with `option`.
 

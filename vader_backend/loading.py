@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from .config import InputError
 from .precision import chosen, convert, converted, kept_in_float32, stored_dtype
 
-SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")  # of the files that `read_tensors` reads
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")  # of checkpoints
+_READABLE = (*SUFFIXES, ".tar")  # V-JEPA's are called .pth.tar
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _UNREADABLE = (
@@ -108,6 +109,7 @@ def load_frozen(cls: Any, folder: Path, dtype: torch.dtype, what: str) -> Any:
         with opened(file, what, "np"):
             pass
     with reading(what, folder):
+        _refuse_other_kind(cls, folder)
         stored = stored_dtype(file for file in files if "." not in file.stem) or dtype  # not a variant as .fp16
         # Two spellings of one option: transformers 5 and diffusers >= 0.40 warn about, but still take, torch_dtype.
         model, info = cls.from_pretrained(
@@ -120,6 +122,18 @@ def load_frozen(cls: Any, folder: Path, dtype: torch.dtype, what: str) -> Any:
     )  # fmt: skip
     convert(model, dtype, kept_in_float32(cls, dtype))
     return model.eval().requires_grad_(False)
+
+
+def _refuse_other_kind(cls: Any, folder: Path) -> None:
+    """Raises ValueError where config.json names another family of transformers: weights would be missed late.
+
+    A tower may come from the folder of its whole model: clip_text_model from clip.
+    """
+    own = getattr(getattr(cls, "config_class", None), "model_type", "")
+    path = folder / "config.json"
+    told = json.loads(path.read_text(encoding="utf-8")).get("model_type", "") if own and path.is_file() else ""
+    if told and told.partition("_")[0] != own.partition("_")[0]:
+        raise ValueError(f"it holds a network of the kind {told}, not {own}")
 
 
 def _refuse_strange(
@@ -135,18 +149,23 @@ def _is_strange(key: str) -> bool:
     return _SPARE.search(key) is None
 
 
-def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
+def read_tensors(path: Path, what: str, parts: Collection[str] = ()) -> dict[str, Tensor]:
     """Every tensor of a published checkpoint file, mapped from disk rather than copied.
 
     Args:
         path: a .safetensors file, or a pickled original (.ckpt, .pt, .pth), which is read with weights_only=True.
+        parts: tables inside the pickle's own whose tensors are wanted too, as part/key.
 
     Raises:
         InputError: the file is missing, truncated, of another kind than its name says, or holds no tensors.
     """
     if not path.is_file():
         raise InputError(f"The {what} is missing: there is no file {path}. Download it again.")
+    if path.suffix not in _READABLE:
+        raise InputError(f"The {what} cannot be {path.name}; choose a file that ends in {', '.join(_READABLE)}.")
     content = _safetensors(path, what) if path.suffix == ".safetensors" else _pickled(path, what)
+    for part, table in [(part, content.get(part)) for part in parts]:
+        content |= {f"{part}/{key}": value for key, value in (table.items() if isinstance(table, dict) else ())}
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise InputError(f"The {what} in {path} holds no tensors; choose another checkpoint.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,7 @@ def encode(
         encoders.append(model.parts()["vae"])
     size = 1 if images is not None and len(images) == len(prompts) else _PROMPTS_AT_A_TIME
     groups = [slice(start, start + size) for start in range(0, max(len(prompts), 1), size)]
-    with ExitStack() as stack:
-        stack.enter_context(_lent(model.denoiser, "cpu"))
-        for encoder in encoders:
-            stack.enter_context(_lent(encoder, device))
+    with lent([model.denoiser], "cpu"), lent(encoders, device):
         parts = [
             model.encode(
                 prompts[group], video, negative=negative, images=None if images is None else images[group], rng=rng
@@ -64,14 +61,16 @@ def encode(
 
 
 @contextmanager
-def _lent(network: nn.Module, device: torch.device | str) -> Iterator[None]:
-    """A network on another device, and back where it was at the end."""
-    home = next(network.parameters()).device
+def lent(networks: Sequence[nn.Module], device: torch.device | str) -> Iterator[None]:
+    """Networks on another device, and each back where it was at the end."""
+    homes = [next(network.parameters()).device for network in networks]
     try:
-        network.to(device)
+        for network in networks:
+            network.to(device)
         yield
     finally:
-        network.to(home)
+        for network, home in reversed(list(zip(networks, homes, strict=True))):
+            network.to(home)
 
 
 def _joined(parts: Sequence[Conditioning]) -> Conditioning:

@@ -55,11 +55,18 @@ class Conditioning:
 class FrameSpec:
     """Which frames of a video a reward looks at.
 
-    mode: "random" (distinct, sorted), "first" (the first `count`), "even" (evenly spaced, ends included) or "all".
+    mode: "random" (distinct, sorted), "first" (the first `count`), "even" (evenly spaced, ends included),
+    "strided" (every n-th from the first, n as large as it can be; so did VADER and ViCLIP) or "all".
+    exact: whether the reward takes `count` frames and no other number.
     """
 
-    mode: Literal["random", "first", "even", "all"] = "all"
+    mode: Literal["random", "first", "even", "strided", "all"] = "all"
     count: int = 1
+    exact: bool = False
+
+    def report(self, total: int) -> Sequence[int]:
+        """The frames by which a whole video of `total` frames is scored in reports: all that the reward can take."""
+        return self.pick(total, torch.Generator().manual_seed(0)) if self.exact else range(total)
 
     def pick(self, total: int, rng: torch.Generator | None = None) -> list[int]:
         """Sorted frame indices out of `total`; never more than there are."""
@@ -68,6 +75,8 @@ class FrameSpec:
             return list(range(total))
         if self.mode == "first":
             return list(range(count))
+        if self.mode == "strided":
+            return [i * (total // count) for i in range(count)]
         if self.mode == "even":
             if count == 1:
                 return [total // 2]

@@ -21,6 +21,10 @@ PROMPTS = ("a red circle moving left on a black background", "a blue cross movin
 
 @pytest.fixture(scope="session")
 def head_tensors() -> dict[str, Tensor]:
+    return draw_head()
+
+
+def draw_head() -> dict[str, Tensor]:
     """A LAION head on features 16 wide."""
     rng = torch.Generator().manual_seed(3)
     weights = {f"layers.{i}.weight": torch.randn(shape, generator=rng) for i, shape in LAYERS.items()}
@@ -31,6 +35,34 @@ def head_tensors() -> dict[str, Tensor]:
 def folder(tmp_path_factory: pytest.TempPathFactory, head_tensors: dict[str, Tensor]) -> Path:
     """clip/, detector/ and head.safetensors."""
     root = tmp_path_factory.mktemp("networks")
+    save_image_networks(root)
+    save_file(head_tensors, root / "head.safetensors")
+    return root
+
+
+@pytest.fixture
+def make(folder: Path) -> Callable[..., ImageReward]:
+    """make("hps", frames=2): a reward by its file name, on the small networks."""
+    own: dict[str, dict[str, object]] = {
+        "aesthetic": {"checkpoint": "clip", "head": "head.safetensors"},
+        "hps": {"checkpoint": "clip"},
+        "pickscore": {"checkpoint": "clip"},
+        "clipscore": {"checkpoint": "clip"},
+        "yolos": {"checkpoint": "detector", "target": "book", "height": 16},
+    }
+
+    def build(kind: str, dtype: torch.dtype = torch.float32, **settings: object) -> ImageReward:
+        module = load("rewards", kind)
+        reward = module.build(module.Config(**{**own[kind], **settings}), lambda name: folder / name)
+        for network in reward.networks():
+            network.to(dtype)
+        return reward
+
+    return build
+
+
+def save_image_networks(root: Path) -> None:
+    """A CLIP of pictures of 16 x 16 and texts of 12 tokens, and a detector of three classes: clip/ and detector/."""
     tokenizer = save_tokenizer(root / "clip")
     torch.manual_seed(0)
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -49,28 +81,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, head_tensors: dict[str, Ten
     )  # fmt: skip
     _spread(detector)
     detector.save_pretrained(root / "detector")
-    save_file(head_tensors, root / "head.safetensors")
-    return root
-
-
-@pytest.fixture
-def make(folder: Path) -> Callable[..., ImageReward]:
-    """make("hps", frames=2): a reward by its file name, on the small networks."""
-    own: dict[str, dict[str, object]] = {
-        "aesthetic": {"checkpoint": "clip", "head": "head.safetensors"},
-        "hps": {"checkpoint": "clip"},
-        "pickscore": {"checkpoint": "clip"},
-        "yolos": {"checkpoint": "detector", "target": "book", "height": 16},
-    }
-
-    def build(kind: str, dtype: torch.dtype = torch.float32, **settings: object) -> ImageReward:
-        module = load("rewards", kind)
-        reward = module.build(module.Config(**{**own[kind], **settings}), lambda name: folder / name)
-        for network in reward.networks():
-            network.to(dtype)
-        return reward
-
-    return build
 
 
 def video(frames: int = 2, height: int = 20, width: int = 28, dtype: torch.dtype = torch.float32) -> Tensor:

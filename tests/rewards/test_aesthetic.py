@@ -49,7 +49,7 @@ def test_missing_truncated_and_empty_files_are_refused(
     tmp_path: Path, head_tensors: dict[str, Tensor], suffix: str
 ) -> None:
     path = tmp_path / f"head{suffix}"
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="aesthetic head is missing"):
         load_head(path, WIDTH)
     save_file(head_tensors, path) if suffix == ".safetensors" else torch.save(head_tensors, path)
     whole = path.read_bytes()
@@ -63,7 +63,7 @@ def test_foreign_tensors_are_refused(tmp_path: Path, head_tensors: dict[str, Ten
     flat = {name: torch.zeros(()) for name in head_tensors}
     for foreign in ({"weight": torch.zeros(3)}, dict(list(head_tensors.items())[:-1]), flat, torch.zeros(3), [1, 2]):
         torch.save(foreign, tmp_path / "head.pth")
-        with pytest.raises(InputError, match="not a LAION aesthetic head"):
+        with pytest.raises(InputError, match=r"not a LAION aesthetic head|holds no tensors"):
             load_head(tmp_path / "head.pth", WIDTH)
     torch.save(head_tensors | {"layers.4.weight": torch.zeros(8, 11)}, tmp_path / "head.pth")
     with pytest.raises(InputError, match="cannot be read"):
@@ -88,6 +88,27 @@ class _Intruder:
 def test_a_pickle_that_would_run_code_is_refused_unopened(tmp_path: Path, head_tensors: dict[str, Tensor]) -> None:
     torch.save({**head_tensors, "extra": _Intruder(tmp_path / "mark")}, tmp_path / "head.pth")
     assert zipfile.is_zipfile(tmp_path / "head.pth")
-    with pytest.raises(InputError, match="not a plain table of tensors"):
+    with pytest.raises(InputError, match="could run code"):
         load_head(tmp_path / "head.pth", WIDTH)
     assert not (tmp_path / "mark").exists()
+
+
+def test_the_published_file_loads_as_it_is() -> None:
+    path = Path(__file__).parents[3] / "shared" / "real" / "sac+logos+ava1-l14-linearMSE.pth"
+    if not path.is_file():
+        pytest.skip("the published head is not here")
+    head = load_head(path, 768)
+    held = torch.load(path, map_location="cpu", weights_only=True)  # it was saved from a GPU
+    assert {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()} == {
+        name: tuple(tensor.shape) for name, tensor in held.items()
+    }
+    features = F.normalize(torch.randn(200, 768, generator=torch.Generator().manual_seed(2)), dim=-1).requires_grad_()
+    expected = features.detach().double()
+    for place in LAYERS:
+        expected = expected @ held[f"layers.{place}.weight"].double().T + held[f"layers.{place}.bias"].double()
+    scores = head(features)
+    torch.testing.assert_close(scores, expected[:, 0].float(), rtol=1e-4, atol=1e-4)
+    assert scores.std() > 0.1
+    assert torch.autograd.grad(scores.sum(), features)[0].isfinite().all()
+    with pytest.raises(InputError, match=r"768 wide.* 1024 wide"):
+        load_head(path, 1024)

@@ -16,6 +16,11 @@ from vader_nodes.vader_backend.rewards._images import CLIP_NORM
 
 from .conftest import PROMPTS, video
 
+try:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil as ImageProcessor
+except ImportError:  # transformers 4
+    from transformers import CLIPImageProcessor as ImageProcessor
+
 MEAN, STD = (torch.tensor(part)[:, None, None] for part in CLIP_NORM)
 
 
@@ -30,9 +35,9 @@ def as_tensor(picture: Image.Image) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(40, 40), (33, 50), (50, 33), (10, 12)])
-def test_squash_is_pillows_bicubic(folder: Path, size: tuple[int, int]) -> None:
+def test_squash_is_pillows_bilinear(folder: Path, size: tuple[int, int]) -> None:
     picture = smooth_picture(*size)
-    expected = (as_tensor(picture.resize((16, 16), Image.Resampling.BICUBIC)) - MEAN) / STD
+    expected = (as_tensor(picture.resize((16, 16), Image.Resampling.BILINEAR)) - MEAN) / STD
     got = load_clip(folder / "clip", "squash").pixels(as_tensor(picture))
     assert float((got - expected).abs().max()) < 1.5 / 255 / float(STD.min())
 
@@ -45,6 +50,39 @@ def test_crop_keeps_the_shape_and_cuts_the_centre(folder: Path, size: tuple[int,
     expected = (small[..., top : top + 16, left : left + 16] - MEAN) / STD
     got = load_clip(folder / "clip", "crop").pixels(as_tensor(picture))
     assert float((got - expected).abs().max()) < 1.5 / 255 / float(STD.min())
+
+
+def noise(height: int, width: int) -> Image.Image:
+    """Black and white all over, where bicubic waves would leave the range."""
+    rng = np.random.default_rng(4)
+    return Image.fromarray((rng.integers(0, 2, (height, width, 3)) * 255).astype("uint8"))
+
+
+@pytest.mark.parametrize("size", [(16, 16), (40, 40), (33, 50), (50, 33), (17, 24), (10, 12), (12, 10), (9, 61)])
+@pytest.mark.parametrize("draw", [smooth_picture, noise])
+def test_crop_equals_the_networks_own_processor(
+    folder: Path, draw: Callable[[int, int], Image.Image], size: tuple[int, int]
+) -> None:
+    picture = draw(*size)
+    processor = ImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    expected = processor(picture, return_tensors="pt").pixel_values
+    got = load_clip(folder / "clip", "crop").pixels(as_tensor(picture))
+    assert got.shape == expected.shape
+    assert float((got - expected).abs().max()) < 1.5 / 255 / float(STD.min())
+
+
+@pytest.mark.parametrize(("size", "scaled"), [((40, 40), (16, 16)), ((33, 50), (11, 16)), ((50, 26), (16, 8))])
+@pytest.mark.parametrize("draw", [smooth_picture, noise])
+def test_pad_lays_the_picture_on_black(
+    folder: Path, draw: Callable[[int, int], Image.Image], size: tuple[int, int], scaled: tuple[int, int]
+) -> None:
+    picture = draw(*size)
+    top, left = (16 - scaled[0]) // 2, (16 - scaled[1]) // 2
+    expected = torch.zeros(1, 3, 16, 16)
+    small = as_tensor(picture.resize(scaled[::-1], Image.Resampling.BICUBIC))
+    expected[..., top : top + scaled[0], left : left + scaled[1]] = small
+    got = load_clip(folder / "clip", "pad").pixels(as_tensor(picture))
+    assert float((got - (expected - MEAN) / STD).abs().max()) < 1.5 / 255 / float(STD.min())
 
 
 def test_scores_are_cosines_of_the_transformers_model(folder: Path, make: Callable[..., Any]) -> None:

@@ -40,11 +40,11 @@ def test_keep_and_remove_are_opposites(make: Make) -> None:
 def test_published_score_is_the_mean_over_boxes_above_the_threshold() -> None:
     odds = torch.tensor(
         [
-            [[0.60, 0.10, 0.30], [0.40, 0.25, 0.35], [0.15, 0.05, 0.80], [0.30, 0.50, 0.20]],
-            [[0.19, 0.01, 0.80], [0.10, 0.80, 0.10], [0.00, 0.00, 1.00], [0.05, 0.05, 0.90]],
+            [[0.60, 0.10, 0.30], [0.40, 0.25, 0.35], [0.15, 0.05, 0.80], [0.30, 0.50, 0.20], [0.35, 0.05, 0.60]],
+            [[0.19, 0.01, 0.80], [0.10, 0.80, 0.10], [0.00, 0.00, 1.00], [0.05, 0.05, 0.90], [0.00, 0.00, 1.00]],
         ]
     )
-    torch.testing.assert_close(mean_detection(odds, 0), torch.tensor([0.5, 0.0]))
+    torch.testing.assert_close(mean_detection(odds, 0), torch.tensor([0.45, 0.0]))
     torch.testing.assert_close(mean_detection(odds, 1), torch.tensor([0.5, 0.8]))
 
 

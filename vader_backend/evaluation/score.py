@@ -34,15 +34,18 @@ def score_videos(
         B values for each name of `reward.parts`.
 
     Raises:
-        InputError: videos and prompts differ in number, or there is none.
+        InputError: videos and prompts differ in number, there is none, or a video holds NaN or infinity.
     """
     if len(prompts) != len(video_BTCHW) or not len(prompts):
         raise InputError(f"There are {len(video_BTCHW)} videos and {len(prompts)} prompts; give one prompt per video.")
+    broken = (~video_BTCHW.flatten(1).isfinite().all(1)).nonzero()
+    if len(broken):
+        raise InputError(f"video {int(broken[0]) + 1} holds numbers that are not finite; look at what made it.")
     device = next((p.device for network in reward.networks() for p in network.parameters()), video_BTCHW.device)
-    frames = range(video_BTCHW.shape[1])
+    frames = reward.frames.report(video_BTCHW.shape[1])
     scores: dict[str, list[float]] = {}
     for start in range(0, len(prompts), batch):
-        part = video_BTCHW[start : start + batch].to(device)
+        part = video_BTCHW[start : start + batch, list(frames)].to(device)
         for name, values in reward.parts(part, prompts[start : start + batch], frames).items():
             scores.setdefault(name, []).extend(values.tolist())
         on_batch(start + len(part), len(prompts))

@@ -11,13 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import option
-from ..loading import fingerprint
+from ..config import InputError, option
+from ..loading import DTYPES, fingerprint
 from ..types import FrameSpec
 from .base import SingleReward
 
 CLIP_NORM = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 IMAGENET_NORM = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_LEAST_PIXELS = 8  # of a frame's side
+
+
+def precision() -> str:
+    """A field for the precision of a reward's weights."""
+    return option(
+        "float32",
+        "Precision of the network; bfloat16 takes half the memory, float16 may lose small gradients.",
+        choices=tuple(DTYPES),
+    )
 
 
 @dataclass(frozen=True)
@@ -53,11 +63,27 @@ class ImageReward(SingleReward):
         return self._networks
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> Tensor:
+        check_frames(self.name, video_BTCHW)
         return over_frames(video_BTCHW, self.images(video_BTCHW.flatten(0, 1), per_frame(video_BTCHW, prompts)))
 
     @abstractmethod
     def images(self, images_NCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores [N] of N pictures in [0, 1], each against its own prompt; differentiable."""
+
+
+def check_frames(name: str, video_BTCHW: Tensor, fewest: int = 1) -> None:
+    """Raises InputError where frames are fewer than `fewest`, have no colour or next to no pixels."""
+    count, channels, height, width = video_BTCHW.shape[1:]
+    if count < fewest:
+        raise InputError(
+            f"The reward {name} needs at least {fewest} frames of each video, but was given {count}; make longer "
+            "videos, or set the reward's frames."
+        )
+    if channels != 3 or min(height, width) < _LEAST_PIXELS:
+        raise InputError(
+            f"The reward {name} needs frames in colour of {_LEAST_PIXELS} x {_LEAST_PIXELS} pixels or more, "
+            f"but was given {height} x {width} with {channels} channels."
+        )
 
 
 def per_frame(video_BTCHW: Tensor, prompts: Sequence[str]) -> list[str]:
@@ -67,8 +93,12 @@ def per_frame(video_BTCHW: Tensor, prompts: Sequence[str]) -> list[str]:
 
 def over_frames(video_BTCHW: Tensor, scores_N: Tensor) -> Tensor:
     """[B]: the mean over the frames of scores [B * T], in float32 or better."""
-    mean = scores_N.unflatten(0, video_BTCHW.shape[:2]).mean(1)
-    return mean.to(torch.promote_types(mean.dtype, torch.float32))
+    return widened(scores_N).unflatten(0, video_BTCHW.shape[:2]).mean(1)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32 or better."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def resize(images_NCHW: Tensor, height: int, width: int, *, antialias: bool = True, mode: str = "bicubic") -> Tensor:

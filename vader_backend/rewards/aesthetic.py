@@ -1,28 +1,27 @@
 """How pleasing single frames look, about 1 to 10: the LAION aesthetic predictor V2 on CLIP image features.
 
-Source: christophschuhmann/improved-aesthetic-predictor; VADER uses it with the target 10.
+Source: christophschuhmann/improved-aesthetic-predictor, which crops pictures. VADER squashes frames and takes the
+target 10.
 """
 
 from __future__ import annotations
 
-import pickle
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..config import InputError, check, option
-from ..loading import checkpoint_error, reading
+from ..loading import DTYPES, build_frozen, read_tensors
 from ..mini.files import locate as embedded
-from ._clip import Clip, load_clip
-from ._images import ImageConfig, ImageReward
+from ._clip import Clip, fit, load_clip
+from ._images import ImageConfig, ImageReward, precision
 
 TITLE = "Aesthetic"
+_WHAT = "aesthetic head"
 _LINEAR = (0, 2, 4, 6, 7)  # places of the linear layers; dropout lies between
 _DIMENSIONS = {f"layers.{place}.{part}": n for place in _LINEAR for part, n in (("weight", 2), ("bias", 1))}
 
@@ -33,6 +32,8 @@ class Config(ImageConfig):
 
     checkpoint: str = option("mini/clip", "CLIP whose image features are judged: openai/clip-vit-large-patch14.")
     head: str = option("mini/aesthetic/head.safetensors", "The predictor: sac+logos+ava1-l14-linearMSE.pth.")
+    fit: str = fit()
+    dtype: str = precision()
 
 
 def build(config: Config, locate: Callable[[str], Path] = embedded) -> Aesthetic:
@@ -42,7 +43,7 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> Aesthetic
         InputError: a file is missing, truncated or of another kind, or the two do not fit together.
     """
     check(config)
-    clip = load_clip(locate(config.checkpoint))
+    clip = load_clip(locate(config.checkpoint), config.fit, DTYPES[config.dtype])
     return Aesthetic(config, clip, load_head(locate(config.head), clip.width))
 
 
@@ -86,29 +87,21 @@ def load_head(path: Path, width: int) -> AestheticHead:
     Raises:
         InputError: the file is missing, truncated, a pickle of anything but tensors, or made for other features.
     """
-    tensors = _read(path)
+    tensors = {name.removeprefix("module."): tensor for name, tensor in read_tensors(path, _WHAT).items()}
+    return build_head(tensors, width, path)
+
+
+def build_head(tensors: Mapping[str, Tensor], width: int, path: Path) -> AestheticHead:
+    """The frozen head around tensors under the published keys; for the rest see `load_head`."""
     if {name: tensor.dim() for name, tensor in tensors.items()} != _DIMENSIONS:
         raise InputError(
             f"{path.name} is not a LAION aesthetic head: those hold layers.0 to layers.7 and nothing else."
         )
     widths = [tensors["layers.0.weight"].shape[-1], *(len(tensors[f"layers.{place}.weight"]) for place in _LINEAR)]
-    head = AestheticHead(widths)
-    with reading("aesthetic head", path):
-        head.load_state_dict(tensors)
+    head = build_frozen(lambda: AestheticHead(widths), tensors, torch.float32, _WHAT, path)
     if widths[0] != width:
         raise InputError(
             f"The aesthetic head {path.name} takes features {widths[0]} wide, but this CLIP's are {width} wide; "
             "choose the CLIP that the head was trained on."
         )
-    return head.eval().requires_grad_(False)
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    with reading("aesthetic head", path):
-        try:
-            tensors = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise checkpoint_error("aesthetic head", path, "it is not a plain table of tensors") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise InputError(f"{path.name} is not a LAION aesthetic head: it is not a table of tensors.")
-    return {re.sub(r"^module\.", "", str(name)): value.float() for name, value in tensors.items()}
+    return head

@@ -116,10 +116,16 @@ class UnionSpec:
     specs: tuple[Any, ...]
 
     def pick(self, total: int, rng: torch.Generator | None = None) -> SharedFrames:
-        shares = tuple(tuple(spec.pick(total, rng)) for spec in self.specs)
-        union = SharedFrames(sorted({index for share in shares for index in share}))
-        union.shares = shares
-        return union
+        return _shared([spec.pick(total, rng) for spec in self.specs])
+
+    def report(self, total: int) -> SharedFrames:
+        return _shared([spec.report(total) for spec in self.specs])
+
+
+def _shared(shares: Sequence[Sequence[int]]) -> SharedFrames:
+    union = SharedFrames(sorted({index for share in shares for index in share}))
+    union.shares = tuple(tuple(share) for share in shares)
+    return union
 
 
 class Combined:

@@ -1,47 +1,36 @@
-"""How well single frames fit their prompt and please people: the Human Preference Score, a CLIP cosine.
+"""How well single frames fit their prompt and please people: the Human Preference Score v2 or v2.1, a CLIP cosine.
 
-Source: Wu et al. 2023, HPSv2; VADER squashes frames to the square. The checkpoint is in transformers' CLIP layout.
+Source: Wu et al. 2023, tgxs002/HPSv2: HPS_v2_compressed.pt and HPS_v2.1_compressed.pt are open_clip's ViT-H-14.
+VADER squashes frames to the square; the official scorer pads them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from ..config import check, option
+from ..config import option
 from ..mini.files import locate as embedded
-from ._clip import Clip, load_clip
-from ._images import ImageConfig, ImageReward
+from ._clip import CLIP_MARKERS, ClipConfig, ClipReward, read_clip
 
 TITLE = "HPS"
+MARKERS = CLIP_MARKERS
 
 
 @dataclass(frozen=True)
-class Config(ImageConfig):
-    """checkpoint: a CLIP folder."""
+class Config(ClipConfig):
+    """checkpoint: the published file, or a CLIP folder."""
 
-    checkpoint: str = option("mini/clip", "Folder of the image-text network, in transformers' CLIP layout.")
+    checkpoint: str = option(
+        "mini/clip", "HPS_v2_compressed.pt, HPS_v2.1_compressed.pt, or a folder in transformers' CLIP layout."
+    )
 
 
-def build(config: Config, locate: Callable[[str], Path] = embedded) -> Hps:
+def build(config: Config, locate: Callable[[str], Path] = embedded) -> ClipReward:
     """Load the network.
 
     Raises:
-        InputError: the folder is missing, truncated or of another kind.
+        InputError: the checkpoint is missing, truncated or of another kind, or has no tokenizer.
     """
-    check(config)
-    return Hps(config, load_clip(locate(config.checkpoint), "squash"))
-
-
-class Hps(ImageReward):
-    """Cosine of picture and text, without the logit scale."""
-
-    def __init__(self, config: Config, clip: Clip) -> None:
-        super().__init__("hps", config, [clip.model])
-        self.clip = clip
-
-    def images(self, images_NCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.clip.similarity(images_NCHW, prompts)
+    return ClipReward("hps", config, read_clip(config, locate))

@@ -13,6 +13,7 @@ from ..mini.files import locate as embedded
 from ..mini.oracle import ATTRIBUTES, correct
 from ..mini.world import parse_caption
 from ..types import FrameSpec
+from ._images import check_frames
 from .base import SingleReward
 
 TITLE = "Mini Oracle"
@@ -50,6 +51,7 @@ class MiniOracle(SingleReward):
         return {**each, self.name: right.mean(1)}
 
     def _correct(self, video_BTCHW: Tensor, prompts: Sequence[str]) -> Tensor:
+        check_frames(self.name, video_BTCHW)
         try:
             scenes = [parse_caption(prompt) for prompt in prompts]
         except ValueError as error:

@@ -16,6 +16,7 @@ from ..config import check
 from ..mini.files import locate as embedded
 from ..mini.oracle import strength
 from ..types import FrameSpec
+from ._images import check_frames
 from .base import SingleReward
 
 TITLE = "Mini Vividness"
@@ -45,4 +46,5 @@ class MiniVividness(SingleReward):
         return ()
 
     def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> Tensor:
+        check_frames(self.name, video_BTCHW)
         return strength(video_BTCHW).to(video_BTCHW.device)

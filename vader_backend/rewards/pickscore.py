@@ -1,6 +1,7 @@
-"""How well single frames fit their prompt and please people: PickScore, a scaled CLIP cosine.
+"""How well single frames fit their prompt and please people: PickScore, a CLIP cosine times about 100.
 
-Source: Kirstain et al. 2023, yuvalkirstain/PickScore_v1; frames keep their shape and lose their edges.
+Source: Kirstain et al. 2023, yuvalkirstain/PickScore_v1; VADER too keeps the shape of frames and cuts their edges.
+Its tokenizer is that of laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
 """
 
 from __future__ import annotations
@@ -11,37 +12,33 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..config import check, option
+from ..config import inherited, option
 from ..mini.files import locate as embedded
-from ._clip import Clip, load_clip
-from ._images import ImageConfig, ImageReward
+from ._clip import CLIP_MARKERS, ClipConfig, ClipReward, read_clip
 
 TITLE = "PickScore"
+MARKERS = CLIP_MARKERS
 
 
 @dataclass(frozen=True)
-class Config(ImageConfig):
+class Config(ClipConfig):
     """checkpoint: a CLIP folder."""
 
-    checkpoint: str = option("mini/clip", "Folder of the image-text network, in transformers' CLIP layout.")
+    checkpoint: str = option("mini/clip", "Folder of PickScore_v1, or of another network in transformers' CLIP layout.")
+    fit: str = inherited(ClipConfig, "fit", "crop")
 
 
 def build(config: Config, locate: Callable[[str], Path] = embedded) -> PickScore:
     """Load the network.
 
     Raises:
-        InputError: the folder is missing, truncated or of another kind.
+        InputError: the checkpoint is missing, truncated or of another kind, or has no tokenizer.
     """
-    check(config)
-    return PickScore(config, load_clip(locate(config.checkpoint), "crop"))
+    return PickScore("pickscore", config, read_clip(config, locate))
 
 
-class PickScore(ImageReward):
+class PickScore(ClipReward):
     """Cosine of picture and text times the learnt logit scale; each picture is scored against its own prompt."""
 
-    def __init__(self, config: Config, clip: Clip) -> None:
-        super().__init__("pickscore", config, [clip.model])
-        self.clip = clip
-
     def images(self, images_NCHW: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.clip.model.logit_scale.exp() * self.clip.similarity(images_NCHW, prompts)
+        return self.clip.model.logit_scale.exp() * super().images(images_NCHW, prompts)

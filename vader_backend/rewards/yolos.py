@@ -17,9 +17,19 @@ from torch import Tensor
 from transformers import YolosForObjectDetection
 
 from ..config import InputError, check, option, suggest
-from ..loading import load_frozen, reading
+from ..loading import DTYPES, load_frozen, reading
 from ..mini.files import locate as embedded
-from ._images import IMAGENET_NORM, ImageConfig, ImageReward, normalise, over_frames, resize
+from ._images import (
+    IMAGENET_NORM,
+    ImageConfig,
+    ImageReward,
+    check_frames,
+    normalise,
+    over_frames,
+    precision,
+    resize,
+    widened,
+)
 
 TITLE = "YOLOS"
 _THRESHOLD = 0.2
@@ -42,6 +52,7 @@ class Config(ImageConfig):
         high=4096,
     )
     antialias: bool = option(False, "Smooth before frames are made smaller; the published code does not.")
+    dtype: str = precision()
 
 
 def build(config: Config, locate: Callable[[str], Path] = embedded) -> Yolos:
@@ -52,7 +63,7 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> Yolos:
     """
     check(config)
     folder = locate(config.checkpoint)
-    model = load_frozen(YolosForObjectDetection, folder, torch.float32, "YOLOS detector")
+    model = load_frozen(YolosForObjectDetection, folder, DTYPES[config.dtype], "YOLOS detector")
     size = (config.height, None) if config.height else _own_size(folder)
     return Yolos(config, model, _class_index(model.config.id2label, config.target), size)
 
@@ -75,6 +86,7 @@ class Yolos(ImageReward):
 
     def parts(self, video_BTCHW: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> dict[str, Tensor]:
         """The reward, and the published score."""
+        check_frames(self.name, video_BTCHW)
         odds = self.probabilities(video_BTCHW.flatten(0, 1))
         smooth, published = presence(odds, self.target), mean_detection(odds, self.target)
         return {
@@ -87,7 +99,7 @@ class Yolos(ImageReward):
         height, width = self._fitted(*images_NCHW.shape[-2:])
         fitted = resize(images_NCHW, height, width, antialias=self.antialias, mode="bilinear")
         pixels = normalise(fitted, IMAGENET_NORM).to(self.model.device, self.model.dtype)
-        return self.model(pixel_values=pixels).logits.softmax(-1)
+        return widened(self.model(pixel_values=pixels).logits).softmax(-1)
 
     def _fitted(self, height: int, width: int) -> tuple[int, int]:
         """The size to look at: whole patches."""

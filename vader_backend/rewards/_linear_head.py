@@ -1,0 +1,42 @@
+"""The heads of aesthetic and preference models: linear layers one after another, without activations between them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import InputError
+from ..loading import build_frozen, reading
+
+
+def build_head(tensors: Mapping[str, Tensor], width: int, what: str, source: Path) -> nn.Sequential:
+    """The layers that a file holds as `<place>.weight` and `<place>.bias`; places between them were dropout's.
+
+    Args:
+        tensors: by those names.
+        width: of the features that the head will get.
+
+    Returns:
+        A frozen network from [N, width] to [N, 1], in float32.
+
+    Raises:
+        InputError: the file holds other tensors, or layers that do not fit together or the features.
+    """
+    with reading(what, source):
+        places = sorted({int(name.partition(".")[0]) for name in tensors})
+        weights = [tensors[f"{place}.weight"] for place in places]
+        widths = [weights[0].shape[1], *map(len, weights)]
+    if widths[0] != width or widths[-1] != 1:
+        raise InputError(
+            f"The {what} in {source} turns features {widths[0]} wide into {widths[-1]} numbers, but the network gives "
+            f"features {width} wide and one score is wanted; choose the two that belong together."
+        )
+    own = {re.sub(r"^\d+", lambda place: str(places.index(int(place[0]))), name): tensors[name] for name in tensors}
+    return build_frozen(
+        lambda: nn.Sequential(*(nn.Linear(*sizes) for sizes in pairwise(widths))), own, torch.float32, what, source
+    )
