@@ -44,8 +44,15 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "modelscope": Family(),
-    "videocrafter2": Family(),
-    "opensora": Family(),
+    "videocrafter2": Family(settings=("VaderTrainLoRA.k=8",)),
+    "opensora": Family(
+        settings=(
+            "VaderTrainLoRA.steps=170",
+            "VaderTrainLoRA.learning_rate=0.0015",
+            "VaderTrainLoRA.k=10",
+            "Training Reward.weight_2=15",
+        )
+    ),
     "svd": Family(prompts={"source": "mini"}),
 }
 
@@ -56,10 +63,10 @@ def main() -> None:
     parser.add_argument("--base-directory", type=Path, default=ROOT / ".work" / "families", help="where output/ goes")
     parser.add_argument("--only", choices=tuple(FAMILIES), help="run one family; the page keeps the others as they are")
     options = parser.parse_args()
-    parts = _known()
     for name, family in FAMILIES.items():
         if options.only in (None, name):
-            parts[name] = _run(name, family, options.base_directory / name)
+            section = _run(name, family, options.base_directory / name)
+            parts = {**_known(), name: section}
             write_text(PAGE, _HEAD + "".join(parts[known] for known in FAMILIES if known in parts))
 
 

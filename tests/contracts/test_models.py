@@ -45,3 +45,7 @@ def test_decoding_gives_back_what_was_encoded(model: VideoModel, video: Tensor, 
     assert decoded.shape == video.shape
     assert 0 <= decoded.min() <= decoded.max() <= 1
     assert (decoded - video).abs().mean() < 0.05
+
+
+def test_all_embedded_weights_stay_below_60_megabytes() -> None:
+    assert sum(path.stat().st_size for path in ROOT.rglob("*") if path.is_file()) < 60e6

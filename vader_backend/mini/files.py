@@ -17,7 +17,7 @@ def weights(name: str) -> Path:
         InputError: there is none of this name.
     """
     path = ROOT / name
-    if ".." in Path(name).parts or not path.exists():
+    if ".." in Path(name).parts or ROOT not in path.parents or not path.exists():
         known = sorted(p.name for p in ROOT.iterdir()) if ROOT.is_dir() else []
         hint = suggest(name, known) if known else "run `make mini` to train them."
         raise InputError(f"There are no embedded weights {name!r}: {hint}")

@@ -19,15 +19,22 @@ from ...loading import load_frozen
 from ...rewards._clip import load_clip
 from ..files import ROOT
 from .aesthetic import judge_aesthetic, save_aesthetic, train_aesthetic
+from .aesthetic_v25 import aesthetic_v25
 from .clip import judge_clip, save_clip, train_clip
+from .contrasts import image_rewards
 from .detector import judge_detector, save_detector, train_detector
 from .image_autoencoder import image_autoencoder
+from .imagereward import imagereward
 from .opensora import opensora
 from .svd import svd
 from .text_to_video import judge_text_to_video, save_text_to_video, train_text_to_video
 from .tokenizer import save_tokenizer
 from .vae import judge_vae, save_vae, train_vae
+from .viclip import viclip
 from .videocrafter2 import videocrafter2
+from .videomae import videomae
+from .videoreward import videoreward
+from .vjepa import vjepa
 
 
 def main() -> None:
@@ -92,6 +99,13 @@ _NETWORKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "videocrafter2": videocrafter2,
     "svd": svd,
     "opensora": opensora,
+    "videomae": videomae,
+    "vjepa": vjepa,
+    "viclip": viclip,
+    "image_rewards": image_rewards,
+    "imagereward": imagereward,
+    "aesthetic_v25": aesthetic_v25,
+    "videoreward": videoreward,
 }
 
 

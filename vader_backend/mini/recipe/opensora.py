@@ -30,6 +30,7 @@ from .text_to_video import judge_captions
 from .tokenizer import MAX_TOKENS
 
 STEPS = 2500
+MOTION_STEPS = 2500
 _BATCH = 16
 _POOL = 3000
 _DROP_TEXT = 0.1
@@ -74,8 +75,10 @@ class TextToVideo(nn.Module):
             nn.init.zeros_(layer.get_parameter("bias"))
 
 
-def train_opensora(vae: VideoAutoencoder, work: Path, tokenizer: Path, steps: int = STEPS) -> TextToVideo:
-    """Train on renders of seen scenes, encoded once.
+def train_opensora(
+    vae: VideoAutoencoder, work: Path, tokenizer: Path, steps: int = STEPS, motion_steps: int = MOTION_STEPS
+) -> TextToVideo:
+    """Train on renders of seen scenes, encoded once; then mostly on the direction of motion.
 
     Args:
         tokenizer: the folder that the tokenizer is written to.
@@ -86,29 +89,35 @@ def train_opensora(vae: VideoAutoencoder, work: Path, tokenizer: Path, steps: in
     latents, prompts = _pool(vae)
     size = [torch.full((_BATCH,), float(value)) for value in (MINI.video.fps, MINI.video.height, MINI.video.width)]
 
-    def loss(step: int, rng: torch.Generator) -> Tensor:
+    def loss(noisy: Tensor, rng: torch.Generator) -> Tensor:
         rows = torch.randint(len(latents), (_BATCH,), generator=rng)
         x0 = latents[rows].float()
         noise = torch.randn(x0.shape, generator=rng)
-        t = _times(rng)
+        t = _times(noisy, rng)
         blank = torch.rand(_BATCH, 1, 1, generator=rng) < _DROP_TEXT
         states, mask = text.encode([prompts[row] for row in rows.tolist()], hide_padding=True)
         states = torch.where(blank, model.denoiser.y_embedder.y_embedding, states)
         velocity = model.denoiser(process.add_noise(x0, noise, t), t, states, mask, *size)
         return (velocity.float() - (x0 - noise)).square().mean()
 
-    fit(_NAME, model, loss, steps=steps, learning_rate=2e-3, work=work)
+    rows = torch.arange(_BATCH)
+    third, most = rows % 3 == 0, rows % 4 != 0
+    fit(_NAME, model, lambda _, rng: loss(third, rng), steps=steps, learning_rate=2e-3, work=work)
+    model.requires_grad_(True)
+    fit("opensora_motion", model, lambda _, rng: loss(most, rng), steps=motion_steps, learning_rate=1e-3, work=work)
     return model
 
 
-def _times(rng: torch.Generator) -> Tensor:
-    """Times of one batch in (0, 1000]; a third of them where the direction of motion is decided.
+def _times(noisy: Tensor, rng: torch.Generator) -> Tensor:
+    """Times of one batch in (0, 1000].
 
-    The words for motion say something that the noise does not only at the noisiest times.
+    Args:
+        noisy: [B] bool, the rows whose times lie where the direction of motion is decided: the words
+            for motion say something that the noise does not only at the noisiest times.
     """
     usual = torch.rand(_BATCH, generator=rng).sqrt()
-    noisy = 1 - 0.15 * torch.rand(_BATCH, generator=rng)
-    return 1000 * torch.where(torch.arange(_BATCH) % 3 == 0, noisy, usual)
+    noisiest = 1 - 0.15 * torch.rand(_BATCH, generator=rng)
+    return 1000 * torch.where(noisy, noisiest, usual)
 
 
 @torch.no_grad()

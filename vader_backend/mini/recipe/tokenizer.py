@@ -46,9 +46,12 @@ def caption_words() -> list[str]:
     return sorted({word for scene in ALL_SCENES for word in scene.caption.split()} | set(_WORDS.split()))
 
 
-def byte_pair_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Merge the most frequent pair, the alphabetically first among equals, until every word is one token."""
-    spelled = [[*word[:-1], f"{word[-1]}</w>"] for word in words]
+def byte_pair_merges(words: list[str], end: str = "</w>") -> list[tuple[str, str]]:
+    """Merge the most frequent pair, the alphabetically first among equals, until every word is one token.
+
+    end: what marks a word's last letter; CLIP's mark.
+    """
+    spelled = [[*word[:-1], f"{word[-1]}{end}"] for word in words]
     merges = []
     while any(len(word) > 1 for word in spelled):
         counts = Counter(pair for word in spelled for pair in pairwise(word))

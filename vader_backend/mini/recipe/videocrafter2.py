@@ -31,12 +31,12 @@ from .tokenizer import save_tokenizer
 from .videocrafter2_keys import original_tensors, text_tensors
 from .widen import in_front, widen
 
-STEPS = 3000
+STEPS = 4000
 TRAVEL = 25.0  # pixels in a second: the faster the motion, the fewer frames per second
 OFFSET = 0.15  # deviation of what offset noise adds
 _NAME = "videocrafter2"
 _FLOOR = 0.03
-_WIDTHS = (64, 64, 128)
+_WIDTHS = (64, 64, 64)
 _NARROW = 32  # channels of the mini ModelScope's first level
 
 
@@ -69,7 +69,7 @@ def start_text_encoder(source: CLIPTextModel) -> CLIPTextModel:
 def start_unet(source: UNet3DConditionModel) -> UNet3DConditionModel:
     """The same denoiser with a wider first level, so that no norm has a group of one channel, and told the fps.
 
-    The embedding of the fps starts at zero.
+    The embedding of the fps starts at zero; the last level is narrower and starts afresh.
     """
     config = {name: value for name, value in source.config.items() if not name.startswith("_")}
     unet = make_unet(**{**config, "block_out_channels": _WIDTHS, "norm_num_groups": 32})

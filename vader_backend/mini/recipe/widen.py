@@ -17,7 +17,7 @@ def in_front(name: str, count: int) -> Tensor:
 
 
 def widen(module: nn.Module, known: Mapping[str, Tensor], places: Callable[[str, int], Tensor] = in_front) -> None:
-    """Put known weights into the first rows of the module's; weights that are not known stay as they are.
+    """Put known weights into the first rows of the module's; those that are not known or too large stay as they are.
 
     The first rows read what they read before, and nothing else; further rows are fresh channels.
 
@@ -26,8 +26,15 @@ def widen(module: nn.Module, known: Mapping[str, Tensor], places: Callable[[str,
     """
     fresh = module.state_dict()
     module.load_state_dict(
-        {name: _widened(new, known[name], name, places) if name in known else new for name, new in fresh.items()}
+        {
+            name: _widened(new, known[name], name, places) if name in known and _fits(known[name], new) else new
+            for name, new in fresh.items()
+        }
     )
+
+
+def _fits(old: Tensor, new: Tensor) -> bool:
+    return all(size <= space for size, space in zip(old.shape, new.shape, strict=True))
 
 
 def _widened(new: Tensor, old: Tensor, name: str, places: Callable[[str, int], Tensor]) -> Tensor:
