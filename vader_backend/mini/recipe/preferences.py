@@ -54,8 +54,10 @@ class Probe(nn.Linear):
         """Cross-entropy, the sum over the attributes; and the squared error of the ratings, if there are any."""
         *logits, rated = self(features_ND).float().split(self.parts, dim=1)
         truth = [torch.tensor([VALUES[name].index(getattr(scene, name)) for scene in scenes]) for name in self.names]
-        named = sum(F.cross_entropy(part, true) for part, true in zip(logits, truth, strict=True))
-        return named + (0 if ratings_NR is None else (rated - ratings_NR).square().mean())
+        losses = [F.cross_entropy(part, true) for part, true in zip(logits, truth, strict=True)]
+        if ratings_NR is not None:
+            losses.append((rated - ratings_NR).square().mean())
+        return torch.stack(losses).sum()
 
 
 def new_head(width: int, gain: float) -> nn.Sequential:
