@@ -20,7 +20,7 @@ from .config import InputError
 from .precision import chosen, convert, converted, kept_in_float32, stored_dtype
 
 SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")  # of checkpoints
-_READABLE = (*SUFFIXES, ".tar")  # V-JEPA's are called .pth.tar
+_READABLE = (*SUFFIXES, ".tar", ".bin")  # V-JEPA is called .pth.tar, a part of T5 .bin
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 _UNREADABLE = (

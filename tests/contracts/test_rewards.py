@@ -141,7 +141,8 @@ def test_a_step_along_the_gradient_raises_every_score(trainable: Reward, whole: 
     clip = whole[:, frames].clone().requires_grad_()
     before = trainable(clip, PROMPTS, frames)
     (gradient,) = torch.autograd.grad(before.sum(), clip)
-    step = 0.02 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
+    size = 0.001 if trainable.name == "videoreward" else 0.02  # its random weights bend the score within less
+    step = size * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1, 1)
     with torch.no_grad():
         assert (trainable(clip + step, PROMPTS, frames) > before).all()
 

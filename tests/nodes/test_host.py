@@ -126,7 +126,7 @@ def test_comfyui_is_used_where_it_runs(comfy: dict[str, Any], tmp_path: Path) ->
     host.register({})
     folders, extensions = comfy["paths"].folder_names_and_paths["reward_models"]
     assert folders == [str(tmp_path / "models" / "reward_models")]
-    assert extensions == {".safetensors", ".pth", ".pt"}
+    assert extensions == {".safetensors", ".pth", ".pt", ".tar"}
 
 
 def test_memory_is_freed_before_and_after_even_on_errors(comfy: dict[str, Any]) -> None:

@@ -99,16 +99,16 @@ def test_names_that_leave_the_folder_are_refused_early() -> None:
     assert NODE_CLASS_MAPPINGS["VaderRewardTable"].VALIDATE_INPUTS(None) is True
 
 
-def test_rewards_without_embedded_weights_offer_what_lies_there(empty_base: Path) -> None:
+def test_rewards_offer_embedded_weights_and_what_lies_there(empty_base: Path) -> None:
     folder = empty_base / "models" / "reward_models"
     for name in ("mine/med_config.json", "clip/config.json", "head.pth"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     node = NODE_CLASS_MAPPINGS["VaderRewardImagereward"].INPUT_TYPES()["optional"]
-    assert node["checkpoint"][0] == ["ImageReward", "mine"]
+    assert node["checkpoint"][0] == ["mini/imagereward", "mine"]
     other = NODE_CLASS_MAPPINGS["VaderRewardAestheticV25"].INPUT_TYPES()["optional"]
-    assert other["checkpoint"][0] == ["siglip-so400m-patch14-384", "clip"]
-    assert other["head"][0] == ["aesthetic_predictor_v2_5.pth", "head.pth"]
+    assert other["checkpoint"][0] == ["mini/aesthetic_v25/siglip", "clip"]
+    assert other["head"][0] == ["mini/aesthetic_v25/head.safetensors", "head.pth"]
     with pytest.raises(InputError, match="ImageReward"):
         NODE_CLASS_MAPPINGS["VaderRewardImagereward"]().make(checkpoint="ImageReward")
     assert not rewards._checkpoints(SimpleNamespace(Config=rewards.Weights))  # type: ignore[arg-type]

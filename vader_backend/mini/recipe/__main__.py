@@ -33,7 +33,6 @@ from .vae import judge_vae, save_vae, train_vae
 from .viclip import viclip
 from .videocrafter2 import videocrafter2
 from .videomae import videomae
-from .videoreward import videoreward
 from .vjepa import vjepa
 
 
@@ -105,7 +104,6 @@ _NETWORKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "image_rewards": image_rewards,
     "imagereward": imagereward,
     "aesthetic_v25": aesthetic_v25,
-    "videoreward": videoreward,
 }
 
 
