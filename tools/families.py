@@ -91,9 +91,10 @@ def _run(name: str, family: Family, base: Path) -> str:
     (train,) = (node for node in graph_nodes.values() if node.class_type == "VaderTrainLoRA")
     shown = ("steps", "batch_size", "learning_rate", "rank", "sampling_steps", "k", "guidance", "seed")
     settings = ", ".join(f"{key} {train.inputs[key]}" for key in shown if key in train.inputs)
+    others = "".join(f" {setting}." for setting in family.settings if not setting.startswith("VaderTrainLoRA."))
     _picture(sorted((base / "output" / "demo").glob("side_by_side_*.png"))[-1], PICTURES / f"{name}.jpg")
     return (
-        f"\n## {name}\n\nVADER Train LoRA: {settings}.\n\n"
+        f"\n## {name}\n\nVADER Train LoRA: {settings}.{others}\n\n"
         f"![{name}: base above, aligned below](images/families/{name}.jpg)\n\n"
         f"```text\n{results[score][0]}\n```\n"
     )
