@@ -1,4 +1,4 @@
-"""The command line: run a workflow without ComfyUI, or list the nodes."""
+"""The command line: run a workflow without ComfyUI, predict the memory that it needs, or list the nodes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, graph, host, validate, workflow
+from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, estimate, graph, host, validate, workflow
 from .vader_backend.config import InputError
 from .vader_backend.trainer import TrainingError
 
@@ -33,14 +33,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vader_nodes", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="run | nodes")
-    run = commands.add_parser("run", help="run an API-format workflow")
-    run.add_argument("workflow", type=Path, help="file in API format, such as workflows/api/quickstart.json")
-    run.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="settings",
-                     help="change an input; NODE is an id, a class or a title; may be repeated")  # fmt: skip
-    run.add_argument("--base-directory", type=Path, default=Path(),
-                     help="folder of models/, input/ and output/; default: the current one")  # fmt: skip
-    run.set_defaults(command=_run)
+    commands = parser.add_subparsers(required=True, metavar="run | estimate | nodes")
+    for name, command, help in (
+        ("run", _run, "run an API-format workflow"),
+        ("estimate", _estimate, "predict the device memory of an API-format workflow's trainings, for each preset"),
+    ):
+        run = commands.add_parser(name, help=help)
+        run.add_argument("workflow", type=Path, help="file in API format, such as workflows/api/quickstart.json")
+        run.add_argument("--set", action="append", default=[], metavar="NODE.INPUT=VALUE", dest="settings",
+                         help="change an input; NODE is an id, a class or a title; may be repeated")  # fmt: skip
+        run.add_argument("--base-directory", type=Path, default=Path(),
+                         help="folder of models/, input/ and output/; default: the current one")  # fmt: skip
+        run.set_defaults(command=command)
     nodes = commands.add_parser("nodes", help="list the nodes with their inputs")
     nodes.add_argument("names", nargs="*", metavar="NODE", help="only these classes; default: all")
     nodes.set_defaults(command=_nodes)
@@ -48,6 +52,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
+    graph.run(_workflow(options), NODE_CLASS_MAPPINGS, say=_say)
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    estimate.estimate_workflow(_workflow(options), NODE_CLASS_MAPPINGS, _say)
+
+
+def _workflow(options: argparse.Namespace) -> dict[str, workflow.Node]:
+    """The workflow that the options name, with their changes."""
     if not options.base_directory.is_dir():
         raise InputError(f"--base-directory {options.base_directory} is not a folder; create it or name another.")
     host.use_base_directory(options.base_directory.resolve())
@@ -56,7 +69,7 @@ def _run(options: argparse.Namespace) -> None:
         path = _PACK / path  # the shipped workflows, from any folder
     nodes = workflow.load(path)
     workflow.override(nodes, options.settings, NODE_CLASS_MAPPINGS)
-    graph.run(nodes, NODE_CLASS_MAPPINGS, say=_say)
+    return nodes
 
 
 def _nodes(options: argparse.Namespace) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from . import host, live
+from .estimate import VaderEstimateMemory
 from .evaluate import VaderScoreVideo
 from .load import VaderLoadVideoModel
+from .memory import VaderMemory
 from .prompts import VaderImagePrompts, VaderPrompts
 from .reward_table import VaderRewardTable
 from .rewards import VaderCombineRewards, VaderRewardTowards, reward_nodes, title
@@ -24,6 +26,8 @@ _NAMED: dict[str, type[Any]] = {
     **{f"Reward ({title(node.key)})": node for node in _REWARDS.values()},
     "Combine Rewards": VaderCombineRewards,
     "Reward Towards Target": VaderRewardTowards,
+    "Memory": VaderMemory,
+    "Estimate Memory": VaderEstimateMemory,
     "VADER Train LoRA": VaderTrainLoRA,
     "Apply LoRA Sample": VaderApplyLoRASample,
     "Score Video": VaderScoreVideo,

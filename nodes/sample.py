@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import Tensor
 from ..vader_backend.config import InputError, option
 from ..vader_backend.generate import SampleConfig, VideoConfig, generate
 from ..vader_backend.lora import LoraWeights, applied, load_lora
+from ..vader_backend.memory.options import MemoryConfig, tricks
 from ..vader_backend.models.base import VideoModel
 from ..vader_backend.placement import residents
 from ..vader_backend.prompts import PromptSet
 from . import host, schema
 from .images import rows, to_images
+from .memory import automatic
 from .prompts import warn_long
 
 NO_LORA = "none"
@@ -56,6 +59,9 @@ class VaderApplyLoRASample:
             "lora_name": schema.combo(
                 lora_choices(), "A LoRA in models/loras or output/loras, where none is connected."
             ),
+            "memory": schema.link(
+                "VADER_MEMORY", "What is traded for memory, from Memory; without it, as its preset auto."
+            ),
         }
         optional = {**own, **schema.inputs(Choice, SampleConfig, VideoConfig, plain=_PLAIN)}
         return {"required": required, "optional": optional, "hidden": {"unique_id": "UNIQUE_ID"}}
@@ -76,13 +82,18 @@ class VaderApplyLoRASample:
         prompts: PromptSet,
         lora: dict[str, Tensor] | None = None,
         lora_name: str = NO_LORA,
+        memory: MemoryConfig | None = None,
         unique_id: str | None = None,
         **values: Any,
     ) -> tuple[Tensor, PromptSet]:
         choice, config, video = (schema.read(part, values) for part in (Choice, SampleConfig, VideoConfig))
         chosen = _chosen(prompts, choice)
         warn_long(model, chosen.texts)
-        with host.workspace(residents(model)), host.progress("Sampling", unique_id) as show:
+        with ExitStack() as stack:
+            stack.enter_context(host.training_mode())
+            stack.enter_context(tricks(model, (), memory or automatic(), host.current().device()))
+            stack.enter_context(host.workspace(residents(model)))
+            show = stack.enter_context(host.progress("Sampling", unique_id))
             weights = lora_file(lora_name) if lora is None else _own(lora)
             with applied(model, weights, choice.strength):
                 videos = generate(model, chosen.texts, config, video, images=chosen.images, on_step=_watch(show))

@@ -10,22 +10,24 @@ from ..vader_backend.align import AlignResult, Settings, align, check_inputs
 from ..vader_backend.evaluation.pictures import reward_curve
 from ..vader_backend.generate import VideoConfig
 from ..vader_backend.lora import LoraConfig
+from ..vader_backend.memory.options import MemoryConfig
 from ..vader_backend.models.base import VideoModel
 from ..vader_backend.objectives.base import Validation
 from ..vader_backend.objectives.vader import Config
-from ..vader_backend.placement import residents
+from ..vader_backend.placement import Place
 from ..vader_backend.prompts import PromptSet
 from ..vader_backend.rewards.base import Reward
 from ..vader_backend.runs import check_name
 from ..vader_backend.trainer import Hooks, TrainOptions, TrainResult
 from . import host, schema
 from .live import Board
+from .memory import automatic
 from .prompts import warn_long
 from .sample import NO_LORA, check_lora, lora_choices, lora_file
 
 _PARTS = (TrainOptions, LoraConfig, Config, VideoConfig)
 _PLAIN = (
-    "steps", "batch_size", "grad_accumulation_steps", "learning_rate", "seed", "gradient_checkpointing",
+    "steps", "batch_size", "grad_accumulation_steps", "learning_rate", "seed",
     "preview_every", "rank", "sampling_steps", "guidance", "truncation", "k",
 )  # fmt: skip
 
@@ -60,7 +62,8 @@ class VaderTrainLoRA:
             ),
             "existing_lora": schema.combo(lora_choices(), "A LoRA in models/loras to go on from; its rank is kept."),
         }
-        optional = {**schema.inputs(*_PARTS, plain=_PLAIN), **own}
+        memory = schema.link("VADER_MEMORY", "What is traded for memory, from Memory; without it, as its preset auto.")
+        optional = {"memory": memory, **schema.inputs(*_PARTS, plain=_PLAIN), **own}
         hidden = {"unique_id": "UNIQUE_ID", "extra_pnginfo": "EXTRA_PNGINFO"}
         return {"required": required, "optional": optional, "hidden": hidden}
 
@@ -88,7 +91,7 @@ class VaderTrainLoRA:
     @classmethod
     def CHECK(cls, model: VideoModel, reward: Reward, prompts: PromptSet, **values: Any) -> None:
         """Raises InputError for inputs that do not fit each other; the headless runner asks before any long work."""
-        check_inputs(model, reward, prompts, _settings(values))
+        check_inputs(model, reward, prompts, settings_of(values))
 
     def train(
         self,
@@ -97,25 +100,30 @@ class VaderTrainLoRA:
         prompts: PromptSet,
         name: str = "vader",
         existing_lora: str = NO_LORA,
+        memory: MemoryConfig | None = None,
         unique_id: str | None = None,
         extra_pnginfo: dict[str, Any] | None = None,
         **values: Any,
     ) -> dict[str, Any]:
-        settings = _settings(values)
+        settings = settings_of(values)
         start = lora_file(existing_lora)
         warn_long(model, prompts.train)
-        networks = [*residents(model), *reward.networks()]
+        place = Place(host.current().device(), host.workspace)
         board = Board(unique_id, _workflow_id(extra_pnginfo), settings.train.steps)
-        with board.open(), host.workspace(networks), host.progress("Training", unique_id, plain=True) as show:
-            hooks = _hooks(show, board)
-            result = align(model, reward, prompts, settings, root=host.runs(), name=name, start=start, hooks=hooks)
+        with board.open(), host.training_mode(), host.progress("Training", unique_id, plain=True) as show:
+            result = align(
+                model, reward, prompts, settings,
+                root=host.runs(), name=name, start=start, hooks=_hooks(show, board),
+                memory=memory or automatic(), place=place,
+            )  # fmt: skip
         report = _report(result)
         board.end(report, result.rewards, result.held_out, result.folder)
         loss_map = {"loss": result.losses}
         return {"ui": {"images": _curve(result), "text": [report]}, "result": (result.lora, loss_map, report)}
 
 
-def _settings(values: dict[str, Any]) -> Settings:
+def settings_of(values: dict[str, Any]) -> Settings:
+    """The settings among a node's inputs. Raises InputError where one is out of range."""
     train, lora, objective, video = (schema.read(part, values) for part in _PARTS)
     return Settings(objective, "vader", lora, train, video)
 

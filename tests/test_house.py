@@ -39,6 +39,7 @@ def _lib(*names: str) -> tuple[str, ...]:
     return tuple(f"{LIBRARY}.{name}" for name in names)
 
 
+BASE = _lib("models.base", "models._blocks")
 LEAVES = _lib("config", "rng", "registry")
 RULES = (
     Rule(LEAVES, (LIBRARY,), LEAVES),
@@ -48,12 +49,12 @@ RULES = (
     Rule(_lib("sampling"), (LIBRARY,), (*LEAVES, *_lib("types", "process", "sampling"))),
     Rule(_lib("models"), _lib("rewards", "objectives", "trainer", "sampling", "memory", "align")),
     Rule(_lib("rewards"), _lib("models", "objectives", "trainer", "process", "sampling", "memory", "align")),
-    Rule(_lib("memory"), _lib("models", "rewards", "objectives", "trainer", "sampling"), _lib("models.base")),
-    Rule(_lib("objectives"), _lib("models", "rewards", "trainer", "align"), _lib("models.base", "rewards.base")),
+    Rule(_lib("memory"), _lib("models", "rewards", "objectives", "trainer", "sampling"), BASE),
+    Rule(_lib("objectives"), _lib("models", "rewards", "trainer", "align"), (*BASE, *_lib("rewards.base"))),
     Rule(
         _lib("trainer"),
         _lib("objectives", "models", "rewards", "memory", "align"),
-        _lib("objectives.base", "models.base", "rewards.base"),
+        (*BASE, *_lib("objectives.base", "rewards.base")),
     ),
     Rule((LIBRARY,), ("nodes", "tools", *COMFY)),
     Rule(("nodes",), ("tools",)),

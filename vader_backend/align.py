@@ -18,9 +18,10 @@ from .config import check
 from .generate import VideoConfig
 from .loading import fingerprint
 from .lora import LoraConfig, LoraWeights, attached, export
-from .memory.gradient_checkpointing import gradient_checkpointing
+from .memory.options import MemoryConfig, tricks
 from .models.base import VideoModel
 from .objectives.base import Validation
+from .placement import Place, residents
 from .prompts import PromptSet
 from .registry import load
 from .rewards.base import Reward
@@ -73,36 +74,41 @@ def align(
     name: str = "vader",
     start: LoraWeights | None = None,
     hooks: Hooks | None = None,
+    memory: MemoryConfig | None = None,
+    place: Place | None = None,
 ) -> AlignResult:
     """Train a LoRA, or return that of a finished run; an interrupted run of the same configuration goes on.
 
     Args:
         root: folder of all runs; the run's own is `<root>/<name>_<configuration hash>`.
         start: a LoRA to start from.
+        memory: what is traded for memory; a run may go on with other tricks, where they leave the result as it is.
+        place: where to train; by default where the networks lie.
 
     Raises:
         InputError: a setting, prompt, reward or LoRA does not fit; nothing has been written then.
         TrainingError: training diverged.
     """
     check_inputs(model, reward, prompts, settings)
-    hooks = hooks or Hooks()
+    hooks, memory, place = hooks or Hooks(), memory or MemoryConfig(), place or Place(model.device)
     video = settings.video.resolve(model)
-    objective = load("objectives", settings.method).build(
-        settings.objective, model, reward, prompts, video,
-        seed=settings.train.seed, on_step=hooks.on_sample_step,
-    )  # fmt: skip
-    accelerator = new_accelerator(model.device)
     shape = settings.lora.resolve(model)
     with ExitStack() as stack:
+        stack.enter_context(tricks(model, reward.networks(), memory, place.device))
+        stack.enter_context(place.workspace(residents(model)))
+        objective = load("objectives", settings.method).build(
+            settings.objective, model, reward, prompts, video,
+            seed=settings.train.seed, on_step=hooks.on_sample_step,
+        )  # fmt: skip
+        stack.enter_context(place.workspace(reward.networks()))  # only now: a large text encoder had the room
+        accelerator = new_accelerator(model.device)
         parameters = stack.enter_context(attached(model, settings.lora, seed=settings.train.seed, start=start))
-        configuration = _configuration(model, reward, prompts, settings, start, accelerator.num_processes)
+        configuration = _configuration(model, reward, prompts, settings, start, memory, accelerator.num_processes)
         folder = RunFolder(root, name, configuration, write=accelerator.is_main_process)
         found = folder.finished()
         if found is not None:
             return _result(found[0], found[1], folder, reused=True)
         require_space(root, _footprint(parameters))
-        if settings.train.gradient_checkpointing:
-            stack.enter_context(gradient_checkpointing(model))
         accelerator.wait_for_everyone()
         result, tensors = train(
             parameters, objective, settings.train,
@@ -111,10 +117,7 @@ def align(
             loss_scaling=next(model.denoiser.parameters()).dtype == torch.float16,
         )  # fmt: skip
     scale = shape.alpha / shape.rank if start is None else 1.0
-    curves = {
-        "steps": result.step, "losses": result.losses, "rewards": result.rewards, "held_out": result.held_out,
-        "skipped": result.skipped,
-    }  # fmt: skip
+    curves = _curves(result)
     lora = export(model, tensors, scale, _metadata(model, reward, settings, _rank(parameters), folder.hash))
     if not result.stopped:
         folder.finish(lora, curves)
@@ -131,6 +134,12 @@ def check_inputs(model: VideoModel, reward: Reward, prompts: PromptSet, settings
     settings.check()
     settings.video.resolve(model)
     load("objectives", settings.method).check_inputs(settings.objective, model, reward, prompts)
+
+
+def _curves(result: TrainResult) -> dict[str, Any]:
+    """What is kept of a result beside the LoRA."""
+    kept = asdict(result)
+    return {"steps": kept.pop("step"), **{name: kept[name] for name in ("losses", "rewards", "held_out", "skipped")}}
 
 
 def _result(lora: LoraWeights, curves: dict[str, Any], folder: RunFolder, *, reused: bool) -> AlignResult:
@@ -167,14 +176,16 @@ def _configuration(
     prompts: PromptSet,
     settings: Settings,
     start: LoraWeights | None,
+    memory: MemoryConfig,
     processes: int,
 ) -> dict[str, Any]:
     """All that decides the result of a run, as JSON."""
+    others = [(name, network) for name, network in model.parts().items() if name != "denoiser"]
     return {
         "model": {
             "name": model.name,
             "settings": dict(model.settings),
-            "weights": {name: fingerprint(network) for name, network in model.parts().items()},
+            "weights": {"denoiser": model.fingerprint, **{name: fingerprint(network) for name, network in others}},
         },
         "precision": str(next(model.denoiser.parameters()).dtype).removeprefix("torch."),
         "reward": reward.description,
@@ -184,6 +195,7 @@ def _configuration(
             "images": _digest(dict(enumerate(prompts.images))),
         },
         "settings": asdict(settings),
+        "memory": memory.changes(),
         "start": _digest(start),
         "processes": processes,
     }

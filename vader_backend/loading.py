@@ -40,7 +40,12 @@ _SPARE = re.compile(
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Twelve hex digits that tell one set of weights from another: names, shapes and a few values of each."""
+    """Twelve hex digits that tell one set of weights from another: names, shapes and a few values of each.
+
+    A network without weights (see `build_empty`) has "meta" instead.
+    """
+    if any(tensor.is_meta for tensor in module.state_dict().values()):
+        return "meta"
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -235,3 +240,25 @@ def build_frozen(
     own = {key: converted(value, chosen(key, dtype, kept)) for key, value in tensors.items()}
     module.load_state_dict(own, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def build_empty(make: Callable[[], nn.Module], dtype: torch.dtype, *, kept: Collection[str] = ()) -> Any:
+    """The network that `build_frozen` gives, without weights: parameters and buffers lie on the meta device.
+
+    The arguments are those of `build_frozen`.
+    """
+    with torch.device("meta"):
+        module = make().to("meta")
+    convert(module, dtype, kept)
+    return module.eval().requires_grad_(False)
+
+
+def empty_from(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    """`build_empty` of a diffusers or transformers class; the layers that the class keeps in float32 stay so.
+
+    Args:
+        config: keyword arguments of a diffusers class, or a transformers configuration.
+    """
+    return build_empty(
+        lambda: cls(**config) if isinstance(config, dict) else cls(config), dtype, kept=kept_in_float32(cls, dtype)
+    )

@@ -69,6 +69,24 @@ class GradientDropout(nn.Dropout):
         return nn.functional.dropout(input, self.p, training=torch.is_grad_enabled())
 
 
+class _InputPrecision(nn.Module):
+    """A layer that computes in its input's precision, whatever that of its weight."""
+
+    weight: nn.Parameter
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight.to(input.dtype)
+        if isinstance(self, nn.Linear):
+            return nn.functional.linear(input, weight)
+        return self._conv_forward(input, weight, None)  # type: ignore[operator]
+
+
+def _in_input_precision(layer: nn.Module) -> None:
+    """For half a LoRA: its float32 weight is rounded for the product, instead of raising its input to float32."""
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, (_InputPrecision, kind), {})
+
+
 def save_lora(path: Path, weights: LoraWeights) -> None:
     """Write a .safetensors file with its metadata, atomically.
 
@@ -186,8 +204,9 @@ def _tuner(model: VideoModel, config: peft.LoraConfig, seed: int) -> Iterator[No
         for layer in _layers(model.denoiser).values():
             if isinstance(layer.lora_dropout[_ADAPTER], nn.Dropout):
                 layer.lora_dropout[_ADAPTER] = GradientDropout(config.lora_dropout)
-            layer.lora_A[_ADAPTER].float()
-            layer.lora_B[_ADAPTER].float()
+            layer.cast_input_dtype_enabled = False
+            for half in (layer.lora_A[_ADAPTER], layer.lora_B[_ADAPTER]):
+                _in_input_precision(half.float())
         yield
     finally:
         tuner.unload()

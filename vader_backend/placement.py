@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,14 @@ from .models.base import VideoModel
 from .types import Conditioning, VideoSpec
 
 _PROMPTS_AT_A_TIME = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where work is done: the device, and what brings networks there for a while."""
+
+    device: torch.device
+    workspace: Callable[[Sequence[nn.Module]], AbstractContextManager[Any]] = nullcontext
 
 
 def residents(model: VideoModel) -> list[nn.Module]:

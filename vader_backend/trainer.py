@@ -47,9 +47,6 @@ class TrainOptions:
         high=0.99999,
         step=0.0001,
     )
-    gradient_checkpointing: bool = option(
-        False, "Recompute activations in the backward pass: less memory, about a third more time."
-    )
     save_every: int = option(25, "Steps between checkpoints; the last two are kept.", low=1, high=100000)
     preview_every: int = option(
         0, "Steps between previews and held-out rewards of fixed prompts; 0 = none.", low=0, high=100000

@@ -1,63 +1,254 @@
-"""Every memory trick, found by its file: equal gradients to the bit, less kept for backward, gone on exit."""
+"""Every memory trick, alone, in pairs and all together: the gradients stay, less memory is held, gone on exit."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import VIDEO, tiny_model
-from torch import Tensor
-from vader_nodes.vader_backend import memory
+from tiny import Brightness
+from tiny_families import VARIANTS, Tiny
+from torch import Tensor, nn
 from vader_nodes.vader_backend.lora import LoraConfig, attached
-from vader_nodes.vader_backend.models.modelscope import ModelScope
-from vader_nodes.vader_backend.sampling import GradPlan, sample
+from vader_nodes.vader_backend.memory.block_swap import block_swap
+from vader_nodes.vader_backend.memory.gradient_checkpointing import gradient_checkpointing
+from vader_nodes.vader_backend.memory.graph_offload import graph_offload
+from vader_nodes.vader_backend.memory.idle_offload import idle_offload
+from vader_nodes.vader_backend.memory.low_bit import STORAGES, frozen_weights, low_bit
+from vader_nodes.vader_backend.memory.one_by_one import one_by_one
+from vader_nodes.vader_backend.memory.options import PRESETS, MemoryConfig, tricks
+from vader_nodes.vader_backend.memory.stepwise import stepwise
+from vader_nodes.vader_backend.models.base import VideoModel
+from vader_nodes.vader_backend.objectives import vader
+from vader_nodes.vader_backend.objectives.base import Batch
+from vader_nodes.vader_backend.prompts import PromptSet
 
-TRICKS = sorted(p.stem for p in Path(memory.__path__[0]).glob("*.py") if not p.stem.startswith("_"))
-Trick = Callable[[ModelScope], AbstractContextManager[None]]
+DEVICE = torch.device("cpu")
+HOST = torch.device("cpu:0")  # the same memory under another name, so that copies to it are made
+PROMPTS = ("a red circle", "the blue square")
+EXACT = {
+    "gradient_checkpointing": MemoryConfig(gradient_checkpointing=True),
+    "stepwise": MemoryConfig(stepwise=True),
+    "graph_offload": MemoryConfig(graph_offload=True),
+    "offload_idle": MemoryConfig(offload_idle=True),
+    "resident_gb": MemoryConfig(resident_gb=1e-6),
+}
+# One sample at a time, kernels sum in another order, and a LoRA's dropout draws other masks.
+ROUNDED = {"one_by_one": MemoryConfig(one_by_one=True)}
+ROUNDING = 1e-4  # of the largest gradient
+PAIRS = list(itertools.combinations({**EXACT, **ROUNDED}, 2))
 
 
-def measure(folder: Path, trick: Trick) -> tuple[dict[str, Tensor], int]:
-    """The gradients of a two-step chain, and the bytes that it keeps for backward."""
-    model = tiny_model(folder, torch.float32)
-    kept = 0
+@dataclass
+class Case:
+    """A tiny model, and the gradients of one VADER step on it without any trick."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal kept
-        kept += tensor.numel() * tensor.element_size()
-        return tensor
+    model: VideoModel
+    tiny: Tiny
 
-    with attached(model, LoraConfig(rank=2, dropout=0.2), seed=0) as parameters:
+    def gradients(
+        self, *configs: MemoryConfig, k: int = 2, stop_input: bool = False, dropout: float = 0.2
+    ) -> list[Tensor]:
+        """Of the LoRA, with the tricks of several settings at once."""
+        reward = Scaled()
+        config = MemoryConfig()
+        for given in configs:
+            rest = MemoryConfig()
+            config = replace(config, **{n: v for n, v in vars(given).items() if v != getattr(rest, n)})
+        with ExitStack() as stack:
+            stack.enter_context(tricks(self.model, reward.networks(), config, DEVICE, HOST, smallest=0))
+            return self.step(stack, reward, k, stop_input, dropout)
+
+    def step(
+        self, stack: ExitStack, reward: Scaled, k: int = 2, stop_input: bool = False, dropout: float = 0.0
+    ) -> list[Tensor]:
+        shape = LoraConfig(rank=2, alpha=2.0, dropout=dropout)
+        parameters = stack.enter_context(attached(self.model, shape, seed=0))
+        rng = torch.Generator().manual_seed(2)
         for parameter in parameters.values():
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-        cond = model.encode(["a red circle"], VIDEO)
-        start = torch.randn(model.latent_shape(VIDEO, 1), generator=torch.Generator().manual_seed(2))
-        torch.manual_seed(3)
-        with trick(model), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            schedule = model.process.schedule(3)
-            latents = sample(model, start, cond, schedule, GradPlan.last_k(3, 2), guidance=3.0).latents
-            grads = torch.autograd.grad(model.decode(latents, [1]).square().mean(), list(parameters.values()))
-    return dict(zip(parameters, grads, strict=True)), kept
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=rng)
+        chosen = vader.Config(
+            sampling_steps=3, k=k, stop_input=stop_input, reward_frames="even", frame_count=2, guidance=3.0
+        )
+        prompts = PromptSet(PROMPTS, (), self.tiny.pictures(len(PROMPTS)))
+        objective = vader.build(chosen, self.model, reward, prompts, self.tiny.video, seed=3)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)  # of the dropout
+            loss, _ = objective.loss(Batch(0, (0, 1), (0, 1)))
+            return list(torch.autograd.grad(loss, list(parameters.values())))
+
+    @cached_property
+    def plain(self) -> list[Tensor]:
+        gradients = self.gradients()
+        assert all(g.isfinite().all() for g in gradients)
+        assert any(g.any() for g in gradients)
+        return gradients
+
+    @cached_property
+    def undropped(self) -> list[Tensor]:
+        return self.gradients(dropout=0.0)
 
 
-@pytest.mark.parametrize("name", TRICKS)
-def test_a_trick_changes_memory_and_nothing_else(name: str, tmp_path: Path) -> None:
-    trick = getattr(importlib.import_module(f"{memory.__name__}.{name}"), name)
-    plain, kept_plain = measure(tmp_path, lambda model: nullcontext())
-    tricked, kept = measure(tmp_path, trick)
-    assert any(g.any() for g in plain.values())
-    assert all(torch.equal(plain[key], tricked[key]) for key in plain)
-    assert kept < 0.6 * kept_plain
+class Scaled(Brightness):
+    """Brightness through a frozen network, which a trick may move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Conv2d(3, 3, 1).requires_grad_(False)
+
+    def networks(self) -> Sequence[nn.Module]:
+        return [self.network]
+
+    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> Tensor:
+        seen = self.network(video_BTCHW.flatten(0, 1)).unflatten(0, video_BTCHW.shape[:2])
+        return super().__call__(seen, prompts, indices)
 
 
-@pytest.mark.parametrize("name", TRICKS)
-def test_a_trick_is_undone_on_exit(name: str, tmp_path: Path) -> None:
-    trick = getattr(importlib.import_module(f"{memory.__name__}.{name}"), name)
-    model = tiny_model(tmp_path, torch.float32)
-    before = {key: list(vars(module)) for key, module in model.denoiser.named_modules()}
-    with pytest.raises(RuntimeError, match="inside"), trick(model):
+@contextmanager
+def made(name: str, folder: Path) -> Iterator[Case]:
+    VARIANTS[name].write(folder)
+    yield Case(VARIANTS[name].build(folder), VARIANTS[name])
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    with made(request.param, tmp_path_factory.mktemp(request.param)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def modelscope(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
+    with made("modelscope", tmp_path_factory.mktemp("modelscope")) as found:
+        yield found
+
+
+def assert_same(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> None:
+    """Equal to the bit for a tolerance of 0, else within that share of the largest gradient."""
+    largest = max(float(g.abs().max()) for g in wanted)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs) if not tolerance else (ours - theirs).abs().max() <= tolerance * largest
+
+
+# --- gradients -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_a_trick_leaves_the_gradient_to_the_bit(case: Case, name: str) -> None:
+    assert_same(case.gradients(EXACT[name]), case.plain, 0)
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_another_order_of_sums_changes_nothing_else(case: Case, name: str) -> None:
+    assert_same(case.gradients(ROUNDED[name], dropout=0.0), case.undropped, ROUNDING)
+
+
+def test_all_tricks_together(case: Case) -> None:
+    assert_same(case.gradients(*EXACT.values()), case.plain, 0)
+    together = case.gradients(*EXACT.values(), *ROUNDED.values(), dropout=0.0)
+    assert_same(together, case.undropped, ROUNDING)
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_two_tricks_together(modelscope: Case, first: str, second: str) -> None:
+    two_together(modelscope, first, second)
+
+
+def two_together(case: Case, first: str, second: str) -> None:
+    every = {**EXACT, **ROUNDED}
+    if {first, second} <= EXACT.keys():
+        assert_same(case.gradients(every[first], every[second]), case.plain, 0)
+    else:
+        assert_same(case.gradients(every[first], every[second], dropout=0.0), case.undropped, ROUNDING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_two_tricks_together_on_every_family(case: Case, first: str, second: str) -> None:
+    two_together(case, first, second)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_order_of_tricks_does_not_matter(modelscope: Case, seed: int) -> None:
+    reward = Scaled()
+    each = [
+        lambda: gradient_checkpointing(modelscope.model),
+        lambda: stepwise(modelscope.model),
+        lambda: one_by_one(modelscope.model),
+        lambda: graph_offload(modelscope.model, HOST, smallest=0),
+        lambda: idle_offload(modelscope.model, reward.networks(), DEVICE, HOST),
+        lambda: block_swap(modelscope.model, DEVICE, HOST),
+    ]
+    order = torch.randperm(len(each), generator=torch.Generator().manual_seed(seed)).tolist()
+    with ExitStack() as stack:
+        for i in order:
+            stack.enter_context(each[i]())
+        found = modelscope.step(stack, reward)
+    assert_same(found, modelscope.undropped, ROUNDING)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("stop_input", [True, False])
+def test_stepwise_equals_plain_autograd(case: Case, k: int, stop_input: bool) -> None:
+    wanted = case.gradients(k=k, stop_input=stop_input)
+    assert_same(case.gradients(MemoryConfig(stepwise=True), k=k, stop_input=stop_input), wanted, 0)
+
+
+# --- storage in few bits ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_low_bit_storage_is_a_model_that_was_rounded_once(case: Case, storage: str) -> None:
+    found = case.gradients(MemoryConfig(weight_storage=storage), *EXACT.values())
+    exact = {}
+    for module, name, tensor in (found for block in case.model.blocks for found in frozen_weights(block)):
+        if tensor.ndim > 1:
+            pack = STORAGES[storage](tensor)
+            exact[module, name] = tensor
+            module._parameters[name] = nn.Parameter(pack.unpack(pack.data, pack.scale), requires_grad=False)
+    try:
+        rounded = case.gradients()
+    finally:
+        for (module, name), tensor in exact.items():
+            module._parameters[name] = tensor
+    assert_same(found, rounded, 0)
+    assert any(not torch.equal(a, b) for a, b in zip(found, case.plain, strict=True))
+
+
+@pytest.mark.parametrize(("storage", "error", "share"), [("float8", 0.04, 0.27), ("nf4", 0.12, 0.15)])
+def test_low_bit_storage_is_near_and_small(storage: str, error: float, share: float) -> None:
+    weight = torch.randn(256, 512, generator=torch.Generator().manual_seed(0)) * 0.02
+    pack = STORAGES[storage](weight)
+    unpacked = pack.unpack(pack.data, pack.scale)
+    assert (unpacked - weight).norm() < error * weight.norm()
+    assert pack.data.nbytes + pack.scale.nbytes < share * weight.nbytes
+    assert torch.equal(STORAGES[storage](unpacked).unpack(pack.data, pack.scale), unpacked)
+
+
+# --- undone ----------------------------------------------------------------------------------
+
+
+def test_everything_is_undone_on_exit(case: Case) -> None:
+    def state() -> list[object]:
+        modules = [case.model.denoiser, *case.model.denoiser.modules(), case.model.parts()["vae"]]
+        return [list(vars(case.model)), *(list(vars(m)) for m in modules), *(list(m._buffers) for m in modules)]
+
+    before, weights = state(), [*case.model.denoiser.parameters()]
+    config = replace(PRESETS["12 GB"], resident_gb=1e-6, weight_storage="nf4", decode_tile=8)
+    with pytest.raises(RuntimeError, match="inside"), tricks(case.model, (), config, DEVICE, HOST):
         raise RuntimeError("inside")
-    assert before == {key: list(vars(module)) for key, module in model.denoiser.named_modules()}
+    assert before == state()
+    assert all(a is b for a, b in zip(weights, case.model.denoiser.parameters(), strict=True))
+    assert_same(case.gradients(), case.plain, 0)
+
+
+def test_a_trick_is_not_put_on_twice(modelscope: Case) -> None:
+    with stepwise(modelscope.model), pytest.raises(ValueError, match="RECOMPUTE"), stepwise(modelscope.model):
+        pass
+    with low_bit(modelscope.model, "nf4"), pytest.raises(ValueError, match="UNPACK"), low_bit(modelscope.model, "nf4"):
+        pass

@@ -65,6 +65,18 @@ def strength(video_BTCHW: Tensor) -> Tensor:
     return torch.tensor([reading.strength for reading in read(video_BTCHW)])
 
 
+def flicker(video_BTCHW: Tensor) -> Tensor:
+    """How much the pixels that nothing moves over change from one frame to the next, float32 [B]; 0 is steady.
+
+    It is the median over the pixels, since the shape moves over fewer than half of them; the mean over RGB and frames.
+
+    Args:
+        video_BTCHW: [B, T, 3, H, W] in [0, 1], T at least 2.
+    """
+    change = video_BTCHW.detach().float().cpu().diff(dim=1).abs().mean(2)  # [B, T - 1, H, W]
+    return change.flatten(2).median(dim=2).values.mean(1)
+
+
 def _read_one(video_TCHW: Tensor) -> Reading:
     if video_TCHW.shape[-2:] != (SIZE, SIZE):
         video_TCHW = F.interpolate(video_TCHW, size=(SIZE, SIZE), mode="bilinear", antialias=True)

@@ -1,4 +1,4 @@
-"""The image autoencoder of Latent Diffusion under its original keys, applied to a video frame by frame.
+"""The image autoencoder of Latent Diffusion under its original keys, applied to a video frame by frame; its schedule.
 
 Source: Rombach et al. 2022. diffusers' AutoencoderKL is the same network under other names.
 """
@@ -16,6 +16,14 @@ from torch import Tensor
 
 from ..loading import build_frozen, reading
 
+SCHEDULER: Mapping[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "timestep_spacing": "leading",
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+}
 _CHUNK = 16  # frames encoded at a time
 
 _RULES = (

@@ -35,11 +35,12 @@ _DECODER_0_9_1 = {
     "upsample_factor": (2, 2, 2),
     "timestep_conditioning": True,
 }
+VAE_0_9_0: dict[str, Any] = {}  # AutoencoderKLLTXVideo's own defaults
 _VAE_0_9_1 = _DECODER_0_9_1 | {
     "decoder_layers_per_block": (5, 6, 7, 8),
     "decoder_inject_noise": (True, True, True, False),
 }
-_VAE_0_9_5 = _DECODER_0_9_1 | {
+VAE_0_9_5: dict[str, Any] = _DECODER_0_9_1 | {
     "decoder_layers_per_block": (5, 5, 5, 5),
     "decoder_inject_noise": (False,) * 4,
     "block_out_channels": (128, 256, 512, 1024, 2048),
@@ -123,10 +124,10 @@ def read_vae(path: Path, dtype: torch.dtype, tensors: dict[str, Tensor] | None =
 
 def vae_config(found: Shapes) -> dict[str, Any]:
     """Arguments of AutoencoderKLLTXVideo for the original keys: one of the three published architectures."""
-    if found[_VAE_MARK][1] == _VAE_0_9_5["block_out_channels"][-1]:  # type: ignore[index]
-        return dict(_VAE_0_9_5)
+    if found[_VAE_MARK][1] == VAE_0_9_5["block_out_channels"][-1]:
+        return dict(VAE_0_9_5)
     timed = "decoder.last_time_embedder.timestep_embedder.linear_1.weight" in found
-    return dict(_VAE_0_9_1) if timed else {}
+    return dict(_VAE_0_9_1 if timed else VAE_0_9_0)
 
 
 def comfy_module(name: str) -> str:

@@ -58,6 +58,20 @@ class Architecture:
         )
 
 
+XL_2 = Architecture(
+    width=1152,
+    depth=28,
+    heads=16,
+    mlp_width=4608,
+    channels=4,
+    out_channels=8,
+    patch=(1, 2, 2),
+    text_tokens=300,
+    text_width=4096,
+    normalized=True,
+)  # the published one
+
+
 class STDiT3(nn.Module):
     """See `forward`. blocks: the transformer's blocks in the order in which they run."""
 

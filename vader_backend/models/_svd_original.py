@@ -16,11 +16,22 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from ..config import InputError
-from ..loading import build_frozen, reading
+from ..loading import build_frozen, empty_from, reading
 from . import _svd_keys as keys
+from ._full_size import VISION_H14
 from ._single_file import file_config, read_weights
 
 _EPSILON = 1e-5
+_UNET: dict[str, Any] = {
+    "num_attention_heads": (5, 10, 20, 20),
+    "transformer_layers_per_block": (1, 1, 1, 1),
+    "sample_size": 96,
+}
+_VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
 
 
 def networks(path: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -45,6 +56,16 @@ def networks(path: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
                 keys.section(tensors, keys.IMAGE_ENCODER), dtype, path, **file_config(path, "image_encoder")
             ),
         }
+
+
+def empty_networks(frames: int, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """What `networks` reads, for so many frames, without weights."""
+    tower = CLIPVisionConfig(**VISION_H14)
+    return {
+        "denoiser": empty_from(UNetSpatioTemporalConditionModel, {**_UNET, "num_frames": frames}, dtype),
+        "vae": empty_from(AutoencoderKLTemporalDecoder, _VAE, dtype),
+        "image_encoder": empty_from(CLIPVisionModelWithProjection, tower, dtype),
+    }
 
 
 def build_unet(

@@ -13,14 +13,23 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from ..config import InputError
-from ..loading import load_frozen, reading
+from ..loading import empty_from, load_frozen, reading
 from ..precision import converted
+from ..stand_in import tokenizer as stand_in_tokenizer
 from ._single_file import Part, build_from, count_blocks, read_weights, shapes
 
 _BIAS = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 _UMT5_BIAS = _BIAS.replace("block.0", "block.1")  # T5 has it in the first block only
 _EMBEDDING = "shared.weight"
 _SENTENCEPIECE = "spiece_model"
+_XXL = {
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
 _PADDING = 128  # an embedding has rows to spare, up to a multiple of this
 
 
@@ -73,6 +82,18 @@ def load_text(folder: Path, dtype: torch.dtype, length: int, *, umt5: bool) -> T
     cls = UMT5EncoderModel if umt5 else T5EncoderModel
     encoder = load_frozen(cls, folder / "text_encoder", dtype, "text encoder")
     return T5Text(encoder, load_tokenizer(folder / "tokenizer"), length)
+
+
+def empty_text(dtype: torch.dtype, length: int, *, umt5: bool) -> T5Text:
+    """T5 v1.1 XXL or UMT5-XXL without weights, and a tokenizer that only counts words."""
+    cls = UMT5EncoderModel if umt5 else T5EncoderModel
+    config = UMT5Config(vocab_size=256384, **_XXL) if umt5 else T5Config(vocab_size=32128, **_XXL)
+    words = stand_in_tokenizer(length)
+
+    def ids(text: str) -> list[int]:
+        return list(words(text, add_special_tokens=False).input_ids)
+
+    return T5Text(empty_from(cls, config, dtype), Tokenizer(ids, words.decode, end=1, pad=0), length)
 
 
 def read_text(encoder: Path, tokenizer: str, dtype: torch.dtype, length: int, *, umt5: bool) -> T5Text:

@@ -43,6 +43,20 @@ _STD_2_2 = (
     0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
 )  # fmt: skip
 
+VAE_2_1: dict[str, Any] = {}  # AutoencoderKLWan's own defaults
+VAE_2_2: dict[str, Any] = {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": list(_MEAN_2_2),
+    "latents_std": list(_STD_2_2),
+}
+
 _VAE_PARTS = (
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
@@ -152,8 +166,7 @@ def vae_config(found: Shapes) -> dict[str, Any]:
     }
     if not any(key.startswith("decoder.upsamples.0.upsamples.") for key in found):
         return config
-    residual = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
-    return {**config, **residual, "latents_mean": list(_MEAN_2_2), "latents_std": list(_STD_2_2)}
+    return {**VAE_2_2, **config}
 
 
 def vae_key(key: str) -> str:

@@ -13,6 +13,7 @@ from ..config import InputError
 from ..loading import fingerprint
 from ..process import Process
 from ..types import Conditioning, VideoSpec
+from ._blocks import autoencoder_blocks
 
 PATHS = ("folder", "vae", "text_encoder", "image_encoder", "tokenizer")  # fields of a Config that name files
 
@@ -52,6 +53,7 @@ class VideoModel(Protocol):
     """A text- or image-to-video diffusion model.
 
     name: how users know it. fingerprint: hash of the denoiser's weights (see `loading.fingerprint`).
+    blocks, decoder_blocks: layers of the denoiser and of the autoencoder that memory tricks treat one by one.
     settings: what was chosen at loading and changes the videos (see `settings_of`).
     lora_prefix: what stands before a module name in diffusers' LoRA files of this family.
     """
@@ -62,6 +64,7 @@ class VideoModel(Protocol):
     denoiser: nn.Module
     process: Process
     blocks: Sequence[nn.Module]
+    decoder_blocks: Sequence[nn.Module]
     lora_targets: Sequence[str]
     lora_prefix: str
     lora_names: LoraNames
@@ -125,6 +128,7 @@ class Networks:
         """Args:
         blocks: of the denoiser, those that gradient checkpointing recomputes one by one.
         """
+        self.decoder_blocks: Sequence[nn.Module] = autoencoder_blocks(vae)
         self.name = name
         self.denoiser = denoiser
         self.vae = vae

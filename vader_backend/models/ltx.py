@@ -17,15 +17,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, load_frozen, names_pipeline, reading
+from ..loading import DTYPES, empty_from, load_frozen, names_pipeline, reading
 from ..process import Flow
 from ..types import Conditioning, VideoSpec
 from ._flow import dynamic_spacing
-from ._ltx_keys import comfy_module, is_ltx, lacking_part, read_transformer, read_vae
+from ._ltx_keys import VAE_0_9_0, VAE_0_9_5, comfy_module, is_ltx, lacking_part, read_transformer, read_vae
 from ._single_file import Part, file_config, read_weights, shapes
-from ._t5 import T5Text, load_text, read_text
+from ._t5 import T5Text, empty_text, load_text, read_text
 from .base import Defaults, LoraNames, Networks, settings_of
 
+FULL_SIZE: Mapping[str, tuple[str, ...]] = {
+    "LTX-Video 2B": ("ltx-video", "ltx_video", "ltxv", "ltx"),
+    "LTX-Video 13B": ("ltxv-13b", "ltx-video-13b", "ltx-video-0.9.7", "ltx-video-0.9.8-13b"),
+}
+# Transformer, autoencoder, and whether the first latent stands for one frame.
+_SIZES: Mapping[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "LTX-Video 2B": ({}, VAE_0_9_0, False),
+    "LTX-Video 13B": ({"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48}, VAE_0_9_5, True),
+}
 _PIPELINES = ("LTXPipeline", "LTXImageToVideoPipeline")
 _TOKENS = 128
 _CHUNK = 4
@@ -120,6 +129,23 @@ def _from_files(path: Path, config: Config) -> dict[str, Any]:
         "scheduler": _SCHEDULER,
         "causal_time": bool(file_config(path, "transformer").get("causal_temporal_positioning", False)),
     }
+
+
+def full_size(name: str, config: Config) -> LTX:
+    """The published networks without weights; `name` is a key of FULL_SIZE."""
+    check(config)
+    dtype, (transformer, vae, causal_time) = DTYPES[config.dtype], _SIZES[name]
+    model = LTX(
+        name=name,
+        denoiser=empty_from(LTXVideoTransformer3DModel, transformer, dtype),
+        vae=empty_from(AutoencoderKLLTXVideo, vae, dtype),
+        text=empty_text(dtype, _TOKENS, umt5=False),
+        scheduler=_SCHEDULER,
+        decode_context=config.decode_context,
+        causal_time=causal_time,
+    )
+    model.settings = settings_of(config)
+    return model
 
 
 class LTX(Networks):

@@ -6,7 +6,7 @@ Source: Wang et al. 2023; diffusers' TextToVideoSDPipeline. The mini text-to-vid
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
@@ -17,12 +17,17 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..config import check, option
-from ..loading import DTYPES, load_frozen, names_pipeline, reading
+from ..loading import DTYPES, empty_from, load_frozen, names_pipeline, reading
 from ..process import Solver, VariancePreserving
+from ..stand_in import tokenizer as stand_in_tokenizer
 from ..types import Conditioning, VideoSpec
+from ._blocks import unet_blocks
+from ._full_size import clip_text, image_autoencoder
+from ._ldm import SCHEDULER
 from .base import Defaults, LoraNames, Networks, check_size, refuse_images, settings_of
 
 PUBLISHED = Defaults(VideoSpec(frames=16, height=384, width=384), steps=25, guidance=9.0, dropout=0.1)
+FULL_SIZE: Mapping[str, tuple[str, ...]] = {"ModelScope 1.7B": ("text-to-video-ms-1.7b", "modelscope")}
 _MINI = Defaults(VideoSpec(frames=8, height=64, width=64), steps=20, guidance=2.5, rank=8, learning_rate=1e-3)
 
 
@@ -75,6 +80,23 @@ def build(config: Config) -> ModelScope:
     return model
 
 
+def full_size(name: str, config: Config) -> ModelScope:
+    """The published networks without weights; `name` is a key of FULL_SIZE."""
+    check(config)
+    dtype = DTYPES[config.dtype]
+    text_encoder = clip_text(dtype)
+    model = ModelScope(
+        name=name,
+        denoiser=empty_from(UNet3DConditionModel, {"sample_size": 32}, dtype),
+        vae=image_autoencoder(dtype),
+        text_encoder=text_encoder,
+        tokenizer=stand_in_tokenizer(text_encoder.config.max_position_embeddings),
+        process=VariancePreserving.from_config(SCHEDULER, cast(Solver, config.sampler)),
+    )
+    model.settings = settings_of(config)
+    return model
+
+
 class ModelScope(Networks):
     """See `vader_backend.models.base.VideoModel`."""
 
@@ -92,7 +114,7 @@ class ModelScope(Networks):
         tokenizer: CLIPTokenizer,
         process: VariancePreserving,
     ) -> None:
-        super().__init__(name, denoiser, vae, process, [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks])
+        super().__init__(name, denoiser, vae, process, unet_blocks(denoiser))
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.scale = 2 ** (len(vae.config.block_out_channels) - 1)

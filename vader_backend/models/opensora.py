@@ -13,7 +13,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,19 +23,23 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, build_frozen, read_tensors, reading
+from ..loading import DTYPES, build_empty, build_frozen, read_tensors, reading
 from ..process import Flow
 from ..types import Conditioning, VideoSpec
+from ._blocks import autoencoder_blocks
 from ._flow import shifted
-from ._opensora_vae import VideoAutoencoder
+from ._opensora_vae import ResBlock, VideoAutoencoder
 from ._single_file import read_weights
-from ._stdit3 import Architecture, STDiT3
-from ._t5 import T5Text, Tokenizer, load_tokenizer, sentencepiece_tokenizer, t5_network
+from ._stdit3 import XL_2, Architecture, STDiT3
+from ._t5 import T5Text, Tokenizer, empty_text, load_tokenizer, sentencepiece_tokenizer, t5_network
 from .base import Defaults, LoraNames, Networks, refuse_images, settings_of
 
 PUBLISHED = Defaults(
     VideoSpec(frames=51, height=276, width=368, fps=24.0), steps=30, guidance=7.0, lora_scale=0.5, dropout=0.01
 )
+FULL_SIZE: Mapping[str, tuple[str, ...]] = {
+    "Open-Sora 1.2": ("opensora-v1.2", "opensora-stdit-v3", "opensora", "open-sora", "open_sora")
+}
 MINI = Defaults(VideoSpec(frames=17, height=64, width=64, fps=16.0), steps=25, guidance=2.5, rank=8, learning_rate=1e-3)
 _SOURCES = {
     "transformer": "hpcai-tech/OpenSora-STDiT-v3",
@@ -85,14 +89,23 @@ def build(config: Config) -> OpenSora:
         if not (folder / part).is_dir():
             raise InputError(f"{folder} has no folder {part}; put the files of {source} into {folder / part}.")
     denoiser = _load_denoiser(folder / "transformer", dtype)
+    text = _load_text(folder, dtype, denoiser.arch.text_tokens)
+    return _assembled(folder.name, denoiser, _load_vae(folder / "vae", dtype), text, config)
+
+
+def full_size(name: str, config: Config) -> OpenSora:
+    """The published networks without weights; `name` is a key of FULL_SIZE."""
+    check(config)
+    dtype = DTYPES[config.dtype]
+    denoiser = build_empty(lambda: STDiT3(XL_2), dtype)
+    vae = build_empty(lambda: VideoAutoencoder.from_config({}), dtype)
+    return _assembled(name, denoiser, vae, empty_text(dtype, XL_2.text_tokens, umt5=False), config)
+
+
+def _assembled(name: str, denoiser: STDiT3, vae: VideoAutoencoder, text: T5Text, config: Config) -> OpenSora:
     rounding = torch.bfloat16 if config.bf16_times else torch.float32
-    model = OpenSora(
-        name=folder.name,
-        denoiser=denoiser,
-        vae=_load_vae(folder / "vae", dtype),
-        text=_load_text(folder, dtype, denoiser.arch.text_tokens),
-        process=Flow(partial(sampling_times, rounding=rounding), towards_data=True),
-    )
+    process = Flow(partial(sampling_times, rounding=rounding), towards_data=True)
+    model = OpenSora(name, denoiser, vae, text, process)
     model.settings = settings_of(config)
     return model
 
@@ -195,6 +208,7 @@ class OpenSora(Networks):
 
     def __init__(self, name: str, denoiser: STDiT3, vae: VideoAutoencoder, text: T5Text, process: Flow) -> None:
         super().__init__(name, denoiser, vae, process, denoiser.blocks)
+        self.decoder_blocks = autoencoder_blocks(vae, ResBlock)
         self.text = text
         self.defaults = PUBLISHED if denoiser.base_size >= 256 else MINI
 

@@ -25,10 +25,16 @@ from ..loading import DTYPES, load_frozen, names_pipeline, reading
 from ..process import EDM
 from ..types import Conditioning, VideoSpec
 from . import _svd_keys as keys
+from ._blocks import unet_blocks
 from ._single_file import shapes
-from ._svd_original import networks
+from ._svd_original import empty_networks, networks
 from .base import Defaults, LoraNames, Networks, check_size, settings_of
 
+FULL_SIZE: Mapping[str, tuple[str, ...]] = {
+    "Stable Video Diffusion, 14 frames": ("stable-video-diffusion-img2vid", "stable-video-diffusion", "svd"),
+    "Stable Video Diffusion XT, 25 frames": ("stable-video-diffusion-img2vid-xt", "svd_xt", "svd-xt"),
+}
+_FRAMES = dict(zip(FULL_SIZE, (14, 25), strict=True))
 _SCHEDULER = {
     "prediction_type": "v_prediction",
     "timestep_type": "continuous",
@@ -92,8 +98,19 @@ def build(config: Config) -> StableVideoDiffusion:
     check(config)
     path, dtype = _checkpoint(Path(config.folder)), DTYPES[config.dtype]
     parts = _from_file(path, dtype) if path.is_file() else _from_folder(path, dtype)
+    return _assembled(path.stem if path.is_file() else path.name, parts, config)
+
+
+def full_size(name: str, config: Config) -> StableVideoDiffusion:
+    """The published networks without weights; `name` is a key of FULL_SIZE."""
+    check(config)
+    parts = {**empty_networks(_FRAMES[name], DTYPES[config.dtype]), "process": EDM(sigma_spacing(_SCHEDULER))}
+    return _assembled(name, parts, config)
+
+
+def _assembled(name: str, parts: Mapping[str, Any], config: Config) -> StableVideoDiffusion:
     model = StableVideoDiffusion(
-        path.stem if path.is_file() else path.name,
+        name,
         **parts,
         motion_bucket=config.motion_bucket,
         noise_augmentation=config.noise_augmentation,
@@ -176,7 +193,7 @@ class StableVideoDiffusion(Networks):
         noise_augmentation: float = 0.02,
         decode_chunk: int = 0,
     ) -> None:
-        super().__init__(name, denoiser, vae, process, [*denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks])
+        super().__init__(name, denoiser, vae, process, unet_blocks(denoiser))
         self.image_encoder = image_encoder
         self.mean, self.std = mean, std
         self.motion_bucket = motion_bucket
@@ -307,12 +324,18 @@ def _exact(vae: AutoencoderKLTemporalDecoder) -> Iterator[None]:
     """The encoder in float32 where it overflows in float16, as its configuration says."""
     upcast = vae.dtype == torch.float16 and vae.config.force_upcast
     if upcast:
-        vae.float()
+        _cast(vae, torch.float32)
     try:
         yield
     finally:
         if upcast:
-            vae.half()
+            _cast(vae, torch.float16)
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> None:
+    """As `network.to(dtype)`, which fails for fake tensors."""
+    for tensor in network.state_dict(keep_vars=True).values():
+        tensor.data = tensor.data.to(dtype)
 
 
 def _defaults(unet: UNetSpatioTemporalConditionModel, scale: int) -> Defaults:

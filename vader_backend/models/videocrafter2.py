@@ -18,13 +18,16 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, SUFFIXES, checkpoint_error, read_tensors
+from ..loading import DTYPES, SUFFIXES, build_empty, checkpoint_error, read_tensors
 from ..process import VariancePreserving
+from ..stand_in import tokenizer as stand_in_tokenizer
 from ..types import Conditioning, VideoSpec
-from ._ldm import build_autoencoder, decode_frames, encode_frames
+from ._blocks import unet_blocks
+from ._full_size import clip_text, image_autoencoder
+from ._ldm import SCHEDULER, build_autoencoder, decode_frames, encode_frames
 from ._single_file import Part, shapes
 from ._videocrafter2_text import build_text_encoder, is_tokenizer, read_tokenizer, tokenize, tokenizer_beside
-from ._videocrafter2_unet import build_unet, lora_module
+from ._videocrafter2_unet import build_unet, lora_module, make_unet
 from .base import Defaults, LoraNames, Networks, check_size, refuse_images, settings_of
 
 PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.")
@@ -33,14 +36,6 @@ BUFFERS = {
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "scale_arr",
     "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
 }  # fmt: skip
-SCHEDULER = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-}
 SCALE_END, SCALE_RAMP = 0.7, 400
 
 _MARK = "model.diffusion_model.fps_embedding.0.weight"
@@ -49,6 +44,7 @@ PUBLISHED = Defaults(
     VideoSpec(frames=12, height=320, width=512, fps=24.0), steps=25, guidance=12.0, eta=1.0, lora_scale=0.5,
     dropout=0.01,
 )  # fmt: skip
+FULL_SIZE: Mapping[str, tuple[str, ...]] = {"VideoCrafter2": ("videocrafter2", "videocrafter")}
 _MINI = Defaults(VideoSpec(frames=8, height=64, width=64), steps=20, guidance=2.0, rank=8, learning_rate=1e-3)
 _PUBLISHED_WIDTH = 320
 
@@ -109,6 +105,23 @@ def build(config: Config) -> VideoCrafter2:
     return model
 
 
+def full_size(name: str, config: Config) -> VideoCrafter2:
+    """The published networks without weights; `name` is a key of FULL_SIZE."""
+    check(config)
+    dtype = DTYPES[config.dtype]
+    text_encoder = clip_text(dtype)
+    model = VideoCrafter2(
+        name=name,
+        denoiser=build_empty(make_unet, dtype),
+        vae=image_autoencoder(dtype),
+        text_encoder=text_encoder,
+        tokenizer=stand_in_tokenizer(text_encoder.config.max_position_embeddings),
+        process=make_process(),
+    )
+    model.settings = settings_of(config)
+    return model
+
+
 def split(tensors: Mapping[str, Tensor], source: Path) -> list[dict[str, Tensor]]:
     """The weights of denoiser, autoencoder and text encoder, without their prefixes.
 
@@ -157,8 +170,7 @@ class VideoCrafter2(Networks):
         tokenizer: CLIPTokenizer,
         process: VariancePreserving,
     ) -> None:
-        blocks = [denoiser.transformer_in, *denoiser.down_blocks, denoiser.mid_block, *denoiser.up_blocks]
-        super().__init__(name, denoiser, vae, process, blocks)
+        super().__init__(name, denoiser, vae, process, unet_blocks(denoiser))
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.lora_names = LoraNames(original=partial(lora_module, layers=denoiser.config.layers_per_block))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,35 @@ import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, load_frozen, names_pipeline, reading
+from ..loading import DTYPES, empty_from, load_frozen, names_pipeline, reading
 from ..process import Flow
 from ..types import Conditioning, VideoSpec
 from ._clip_image import CLIPImage, read_image_encoder
 from ._flow import static_spacing
+from ._full_size import VISION_H14
 from ._single_file import Part, shapes
-from ._t5 import T5Text, load_text, read_text
-from ._wan_keys import comfy_module, is_wan, lacking_part, read_transformer, read_vae
+from ._t5 import T5Text, empty_text, load_text, read_text
+from ._wan_keys import VAE_2_1, VAE_2_2, comfy_module, is_wan, lacking_part, read_transformer, read_vae
 from ._wan_vae import decode_frames, encode_frames, statistics
 from .base import Defaults, LoraNames, Networks, refuse_images, settings_of
 
+FULL_SIZE: Mapping[str, tuple[str, ...]] = {
+    "Wan 2.1 T2V 1.3B": ("t2v-1.3b", "t2v_1.3b", "t2v-1_3b", "wan2.1", "wan2_1", "wan"),
+    "Wan 2.1 T2V 14B": ("t2v-14b", "t2v_14b"),
+    "Wan 2.1 I2V 14B": ("i2v-14b", "i2v_14b", "i2v_480p_14b", "i2v_720p_14b"),
+    "Wan 2.2 TI2V 5B": ("ti2v-5b", "ti2v_5b", "wan2.2", "wan2_2"),
+}
+_14B = {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824}
+_TRANSFORMERS: Mapping[str, dict[str, Any]] = {
+    "Wan 2.1 T2V 1.3B": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "Wan 2.1 T2V 14B": _14B,
+    "Wan 2.1 I2V 14B": {**_14B, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "Wan 2.2 TI2V 5B": {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48,
+                        "out_channels": 48},
+}  # fmt: skip
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 _TOKENS = 512
 _CHANNELS_2_2 = 48
@@ -129,15 +144,41 @@ def _from_files(path: Path, config: Config) -> dict[str, Any]:
     newer = denoiser.config.in_channels == _CHANNELS_2_2
     if denoiser.config.in_channels != denoiser.config.out_channels and denoiser.config.image_dim is None:
         raise InputError(f"{path.name} is half of a Wan 2.2 A14B model, which is not supported; use Wan 2.1 or 5B.")
-    published = {"use_flow_sigmas": True, "flow_shift": 5.0 if newer else 3.0}
     return {
         "denoiser": denoiser,
         "vae": load_frozen(AutoencoderKLWan, vae, dtype, "autoencoder") if vae.is_dir() else read_vae(vae, dtype),
         "text": read_text(Path(config.text_encoder), config.tokenizer, dtype, _TOKENS, umt5=True),
         "image": read_image_encoder(config.image_encoder, dtype) if denoiser.config.image_dim is not None else None,
-        "process": Flow(static_spacing(published, config.shift)),
+        "process": _process(newer, config),
         "first_frame": newer,
     }
+
+
+def full_size(name: str, config: Config) -> Wan:
+    """The published networks without weights; `name` is a key of FULL_SIZE."""
+    check(config)
+    dtype, sizes = DTYPES[config.dtype], _TRANSFORMERS[name]
+    newer, image = sizes.get("in_channels") == _CHANNELS_2_2, None
+    if "image_dim" in sizes:
+        image = CLIPImage(empty_from(CLIPVisionModel, CLIPVisionConfig(**VISION_H14), dtype))
+    model = Wan(
+        name=name,
+        denoiser=empty_from(WanTransformer3DModel, sizes, dtype),
+        vae=empty_from(AutoencoderKLWan, VAE_2_2 if newer else VAE_2_1, dtype),
+        text=empty_text(dtype, _TOKENS, umt5=True),
+        image=image,
+        process=_process(newer, config),
+        first_frame=newer,
+        gradient_latents=config.gradient_latents,
+    )
+    model.settings = settings_of(config)
+    return model
+
+
+def _process(newer: bool, config: Config) -> Flow:
+    """The published schedule, for where no scheduler_config.json tells it."""
+    published = {"use_flow_sigmas": True, "flow_shift": 5.0 if newer else 3.0}
+    return Flow(static_spacing(published, config.shift))
 
 
 class Wan(Networks):

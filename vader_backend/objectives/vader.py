@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import InputError, check, option
 from ..generate import guidance_scale, initial_noise, noise_share, start_images
 from ..models.base import VideoModel
-from ..placement import encode, lent
+from ..placement import encode
 from ..prompts import PromptSet
 from ..rewards.base import Reward
 from ..rng import generator
@@ -66,9 +66,6 @@ class Config:
     )  # fmt: skip
     frame_count: int = option(1, "Number of frames for random, even and first.", low=1, high=1024)
     negative_prompt: str = option("", "What the videos should not show.", multiline=True)
-    offload_rewards: bool = option(
-        False, "Keep the rewards' networks in main memory while videos are denoised: less memory, a little slower."
-    )
 
     def check(self, sampling_steps: int) -> None:
         """Raises InputError where K or from_step does not fit the number of steps, or a value its range."""
@@ -152,8 +149,7 @@ class Vader:
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         keys = [(self.seed, "train", batch.step, number) for number in batch.numbers]
-        with lent(self.reward.networks() if self.config.offload_rewards else (), "cpu"):
-            latents = self._rollout(batch.rows, keys, self._plan(batch.step))
+        latents = self._rollout(batch.rows, keys, self._plan(batch.step))
         indices = self.frames.pick(self.video.frames, generator(self.seed, "frames", batch.step))
         video = self.model.decode(latents, indices)
         rewards = self.reward(video, [self._texts[row] for row in batch.rows], indices)

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from ..loading import build_frozen, reading
+from ..loading import build_empty, build_frozen, reading
 
 _HEAD_DIM = 64
+_VISION_EPSILON = 1e-6
 _TEXT_FIELDS = (
     "hidden_act", "hidden_size", "intermediate_size", "layer_norm_eps", "max_position_embeddings",
     "num_attention_heads", "num_hidden_layers", "pad_token_id", "vocab_size",
@@ -32,6 +33,24 @@ _NAMES = (
     (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
     (r"^blocks\.(\d+)\.mlp\.", r"encoder.layers.\1.mlp."),
 )
+
+
+# ImageReward's towers: ViT-L-16, and BERT base with a few more words.
+_VISION: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+                           "num_attention_heads": 16, "image_size": 224, "patch_size": 16}  # fmt: skip
+_TEXT: dict[str, Any] = {"hidden_act": "gelu", "hidden_size": 768, "intermediate_size": 3072, "vocab_size": 30524,
+                         "max_position_embeddings": 512, "num_attention_heads": 12, "num_hidden_layers": 12,
+                         "layer_norm_eps": 1e-12, "pad_token_id": 0}  # fmt: skip
+
+
+def empty_towers() -> tuple[Any, Any]:
+    """The published picture and text towers without weights."""
+    vision = BlipVisionConfig(**_VISION, layer_norm_eps=_VISION_EPSILON)
+    text = text_config(_TEXT, vision.hidden_size)
+    return (
+        build_empty(lambda: BlipVisionModel(vision), torch.float32),
+        build_empty(lambda: BlipTextModel(text, add_pooling_layer=False), torch.float32),
+    )
 
 
 def build_vision(tensors: Mapping[str, Tensor], source: Path) -> Any:
@@ -80,7 +99,7 @@ def _vision_config(tensors: Mapping[str, Tensor]) -> BlipVisionConfig:
         num_attention_heads=max(1, width // _HEAD_DIM),
         image_size=round((tensors["pos_embed"].shape[1] - 1) ** 0.5) * patch,
         patch_size=patch,
-        layer_norm_eps=1e-6,
+        layer_norm_eps=_VISION_EPSILON,
     )
 
 

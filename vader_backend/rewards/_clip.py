@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from ..config import check, option
-from ..loading import DTYPES, build_frozen, load_frozen, read_tensors, reading
+from ..loading import DTYPES, build_frozen, empty_from, load_frozen, read_tensors, reading
 from ..open_clip import clip_config, clip_weights, read_tokenizer, section, tokenizer_beside
+from ..stand_in import size_of
+from ..stand_in import tokenizer as stand_in_tokenizer
+from ._clip_sizes import SIZES, VIT_H14
 from ._fit import FITS
 from ._images import CLIP_NORM, ImageConfig, ImageReward, normalise, precision, widened
 
@@ -116,6 +119,19 @@ class ClipReward(ImageReward):
 
     def images(self, images_NCHW: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.clip.similarity(images_NCHW, prompts)
+
+
+def empty_clip(config: Any, otherwise: Mapping[str, Any] = VIT_H14) -> Clip:
+    """A published CLIP without weights, of the size that the checkpoint's name tells.
+
+    Args:
+        config: a reward's, with checkpoint, fit and dtype.
+        otherwise: the size where the name tells none.
+    """
+    check(config)
+    size = size_of(config.checkpoint, SIZES, otherwise)
+    model = empty_from(ScaledClip, CLIPConfig(**size), DTYPES[config.dtype])
+    return Clip(model, stand_in_tokenizer(model.config.text_config.max_position_embeddings), config.fit)
 
 
 def read_clip(config: ClipConfig, locate: Callable[[str], Path]) -> Clip:

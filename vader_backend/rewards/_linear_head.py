@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InputError
-from ..loading import build_frozen, reading
+from ..loading import build_empty, build_frozen, reading
+
+_PUBLISHED = (1024, 128, 64, 16, 1)  # what its layers give, whatever the features' width
+
+
+def empty_head(width: int) -> nn.Sequential:
+    """The published head on features of this width, without weights."""
+    return build_empty(lambda: _layers((width, *_PUBLISHED)), torch.float32)
 
 
 def build_head(tensors: Mapping[str, Tensor], width: int, what: str, source: Path) -> nn.Sequential:
@@ -37,6 +44,8 @@ def build_head(tensors: Mapping[str, Tensor], width: int, what: str, source: Pat
             f"features {width} wide and one score is wanted; choose the two that belong together."
         )
     own = {re.sub(r"^\d+", lambda place: str(places.index(int(place[0]))), name): tensors[name] for name in tensors}
-    return build_frozen(
-        lambda: nn.Sequential(*(nn.Linear(*sizes) for sizes in pairwise(widths))), own, torch.float32, what, source
-    )
+    return build_frozen(lambda: _layers(widths), own, torch.float32, what, source)
+
+
+def _layers(widths: Sequence[int]) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(*sizes) for sizes in pairwise(widths)))

@@ -19,7 +19,7 @@ from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransformerPretrainedModel, Qwen2VLTextModel
 
 from ..config import InputError
-from ..loading import build_frozen, read_tensors, reading
+from ..loading import build_empty, build_frozen, read_tensors, reading
 
 WHAT = "VideoReward checkpoint"
 ABOUT = "model_config.json"
@@ -32,6 +32,21 @@ _NAMES = (
     (r"^(model\.)?visual\.", "visual."),
     (r"^model\.(language_model\.)?", "language."),
 )
+
+
+# Arguments of Qwen2VLConfig: Qwen2-VL-2B.
+_VISION: dict[str, Any] = {"hidden_size": 1536}
+_LANGUAGE: dict[str, Any] = {
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151660,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]},
+    "rope_theta": 1e6,
+}
 
 
 class RewardNetwork(nn.Module):
@@ -78,6 +93,12 @@ class RewardNetwork(nn.Module):
         rows = torch.arange(len(tokens_BL), device=tokens_BL.device)[:, None]
         scores_BMO = self.rm_head(states_BLD[rows, places_BM])
         return scores_BMO.squeeze(-1) if scores_BMO.shape[-1] == 1 else scores_BMO.diagonal(dim1=1, dim2=2)
+
+
+def empty_network(dtype: torch.dtype) -> RewardNetwork:
+    """The published network without weights: one output, and the reward tokens among its words."""
+    config = Qwen2VLConfig(vision_config=_VISION, text_config=_LANGUAGE)
+    return build_empty(lambda: RewardNetwork(config, 1), dtype)
 
 
 def about(folder: Path) -> dict[str, Any]:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
-from ..loading import build_frozen, reading
+from ..loading import build_empty, build_frozen, reading
 from ..open_clip import clip_config, clip_weights, section
 from ._clip import ScaledClip
+from ._clip_sizes import VIT_L14
 
 _VISION, _TEXT, _TEMPERATURE = "vision_encoder.", "text_encoder.", "temp"
 
@@ -54,6 +55,13 @@ def trained_frames(model: CLIPModel) -> int:
     """How many frames a ViCLIP network takes; beside that it takes single ones."""
     embeddings = model.vision_model.embeddings
     return int(embeddings.temporal_embedding.shape[1] * embeddings.patch_embedding.kernel_size[0])
+
+
+def empty_viclip(dtype: torch.dtype) -> ScaledClip:
+    """ViCLIP-L, which takes 8 frames and 32 tokens, without weights."""
+    text = {**VIT_L14["text_config"], "max_position_embeddings": 32}
+    config = CLIPConfig(**{**VIT_L14, "text_config": text})
+    return build_empty(lambda: _network(config, frames=8, depth=1), dtype, kept=("logit_scale",))
 
 
 def build_viclip(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +14,33 @@ from torch import Tensor
 from ..loading import build_frozen
 from ._vjepa import Encoder, Grid, Predictor, Vjepa
 
+_PREDICTOR, _PREDICTOR_DEPTH, _MASK_TOKENS = 384, 12, 2
 PARTS = ("encoder", "predictor", "target_encoder")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a published network: width and depth of the encoders, pixels of a side of the video."""
+
+    width: int
+    depth: int
+    pixels: int = 224
+
+
+VIT_L16 = Size(1024, 24)
+VIT_SIZES = {"vith16-384": Size(1280, 32, 384), "vith16": Size(1280, 32), "vitl16": VIT_L16}  # by name
+
+
+def new_vjepa(size: Size) -> Vjepa:
+    """The networks of a published size, with fresh weights."""
+    side, heads = size.pixels // 16, published_heads(size.width)
+    grid = Grid(8, side, side)
+
+    def encoder() -> Encoder:
+        return Encoder(size.width, size.depth, heads, 4 * size.width, grid, (2, 16, 16))
+
+    predictor = Predictor(size.width, _PREDICTOR, _PREDICTOR_DEPTH, heads, 4 * _PREDICTOR, grid, _MASK_TOKENS)
+    return Vjepa(encoder(), predictor, encoder())
 
 
 def build_vjepa(

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, build_frozen, read_tensors
+from ..loading import DTYPES, build_empty, build_frozen, read_tensors
 from ..mini.files import locate as embedded
-from ._clip import Clip, fit, load_clip
+from ._clip import Clip, empty_clip, fit, load_clip
+from ._clip_sizes import VIT_L14
 from ._images import ImageConfig, ImageReward, precision
 
 TITLE = "Aesthetic"
+HUB = {"checkpoint": ("openai/clip-vit-large-patch14",)}
+_PUBLISHED = (768, 1024, 128, 64, 16, 1)
 _WHAT = "aesthetic head"
 _LINEAR = (0, 2, 4, 6, 7)  # places of the linear layers; dropout lies between
 _DIMENSIONS = {f"layers.{place}.{part}": n for place in _LINEAR for part, n in (("weight", 2), ("bias", 1))}
@@ -45,6 +48,12 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> Aesthetic
     check(config)
     clip = load_clip(locate(config.checkpoint), config.fit, DTYPES[config.dtype])
     return Aesthetic(config, clip, load_head(locate(config.head), clip.width))
+
+
+def full_size(config: Config) -> Aesthetic:
+    """The published networks without weights."""
+    head = build_empty(lambda: AestheticHead(_PUBLISHED), torch.float32)
+    return Aesthetic(config, empty_clip(config, VIT_L14), head)
 
 
 class AestheticHead(nn.Module):

@@ -17,15 +17,24 @@ from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, build_frozen, read_tensors, reading
+from ..loading import DTYPES, build_empty, build_frozen, read_tensors, reading
 from ..mini.files import locate as embedded
 from ._fit import scaled
 from ._images import ImageConfig, ImageReward, normalise, precision, widened
-from ._linear_head import build_head
+from ._linear_head import build_head, empty_head
 
 TITLE = "Aesthetic V2.5"
 MARKERS = {"checkpoint": "config.json", "head": ""}
+HUB = {"checkpoint": ("google/siglip-so400m-patch14-384",)}
 _NORM = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_SO400M: dict[str, Any] = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
 _HEAD = "scoring_head."
 _VISION = "vision_model."
 _OTHERS = ("text_model.", "logit_scale", "logit_bias")
@@ -56,6 +65,13 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> Aesthetic
         raise InputError(f"{path.name} is not the head of Aesthetic V2.5, which holds scoring_head.0 to 8 alone.")
     tensors = {name.removeprefix(_HEAD): tensor for name, tensor in found.items()}
     return AestheticV25(config, tower, build_head(tensors, tower.config.hidden_size, "aesthetic head", path))
+
+
+def full_size(config: Config) -> AestheticV25:
+    """The published networks without weights."""
+    check(config)
+    tower = build_empty(lambda: new_tower(SiglipVisionConfig(**_SO400M)), DTYPES[config.dtype])
+    return AestheticV25(config, tower, empty_head(tower.config.hidden_size))
 
 
 class AestheticV25(ImageReward):

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from ..config import inherited, option
 from ..mini.files import locate as embedded
-from ._clip import CLIP_MARKERS, ClipConfig, ClipReward, read_clip
+from ._clip import CLIP_MARKERS, ClipConfig, ClipReward, empty_clip, read_clip
 
 TITLE = "CLIPScore"
 MARKERS = CLIP_MARKERS
+HUB = {"checkpoint": ("openai/clip-vit-large-patch14",)}
 
 
 @dataclass(frozen=True)
@@ -34,3 +35,8 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> ClipRewar
         InputError: the checkpoint is missing, truncated or of another kind, or has no tokenizer.
     """
     return ClipReward("clipscore", config, read_clip(config, locate))
+
+
+def full_size(config: Config) -> ClipReward:
+    """The published network without weights."""
+    return ClipReward("clipscore", config, empty_clip(config))

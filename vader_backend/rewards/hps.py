@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..config import option
 from ..mini.files import locate as embedded
-from ._clip import CLIP_MARKERS, ClipConfig, ClipReward, read_clip
+from ._clip import CLIP_MARKERS, ClipConfig, ClipReward, empty_clip, read_clip
 
 TITLE = "HPS"
 MARKERS = CLIP_MARKERS
@@ -34,3 +34,8 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> ClipRewar
         InputError: the checkpoint is missing, truncated or of another kind, or has no tokenizer.
     """
     return ClipReward("hps", config, read_clip(config, locate))
+
+
+def full_size(config: Config) -> ClipReward:
+    """The published network without weights."""
+    return ClipReward("hps", config, empty_clip(config))

@@ -17,10 +17,11 @@ from transformers import BertTokenizer
 from ..config import InputError, check, option
 from ..loading import DTYPES, read_tensors, reading
 from ..mini.files import locate as embedded
-from ._blip import build_text, build_vision
+from ..stand_in import tokenizer as stand_in_tokenizer
+from ._blip import build_text, build_vision, empty_towers
 from ._fit import crop
 from ._images import CLIP_NORM, ImageConfig, ImageReward, normalise, precision, widened
-from ._linear_head import build_head
+from ._linear_head import build_head, empty_head
 
 TITLE = "ImageReward"
 _CONFIG = "med_config.json"
@@ -54,6 +55,14 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> BlipRewar
         told = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     network = build_network(read_tensors(path, "ImageReward checkpoint"), told, path).to(DTYPES[config.dtype])
     return BlipReward(config, network, _tokenizer(folder, network.text.config.vocab_size))
+
+
+def full_size(config: Config) -> BlipReward:
+    """The published network without weights."""
+    check(config)
+    vision, text = empty_towers()
+    network = ImageRewardNetwork(vision, text, empty_head(text.config.hidden_size)).eval().to(DTYPES[config.dtype])
+    return BlipReward(config, network, stand_in_tokenizer(_TOKENS))
 
 
 class ImageRewardNetwork(nn.Module):

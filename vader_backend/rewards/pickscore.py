@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ..config import inherited, option
 from ..mini.files import locate as embedded
-from ._clip import CLIP_MARKERS, ClipConfig, ClipReward, read_clip
+from ._clip import CLIP_MARKERS, ClipConfig, ClipReward, empty_clip, read_clip
 
 TITLE = "PickScore"
 MARKERS = CLIP_MARKERS
+HUB = {"checkpoint": ("yuvalkirstain/PickScore_v1",)}
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> PickScore
         InputError: the checkpoint is missing, truncated or of another kind, or has no tokenizer.
     """
     return PickScore("pickscore", config, read_clip(config, locate))
+
+
+def full_size(config: Config) -> PickScore:
+    """The published network without weights."""
+    return PickScore("pickscore", config, empty_clip(config))
 
 
 class PickScore(ClipReward):

@@ -16,8 +16,9 @@ from ..config import InputError, check, inherited, option
 from ..loading import DTYPES, read_tensors
 from ..mini.files import locate as embedded
 from ..open_clip import read_tokenizer
+from ..stand_in import tokenizer as stand_in_tokenizer
 from ._clip import Clip, tokenizer
-from ._viclip import build_viclip, trained_frames
+from ._viclip import build_viclip, empty_viclip, trained_frames
 from ._videos import VideoConfig, VideoReward, View
 
 TITLE = "ViCLIP"
@@ -44,14 +45,25 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> ViClip:
     check(config)
     path = locate(config.checkpoint)
     model = build_viclip(read_tensors(path, "ViCLIP model"), DTYPES[config.dtype], path)
-    own = trained_frames(model)
-    if config.frames not in (0, 1, own):
-        raise InputError(f"frames is {config.frames}, but this ViCLIP takes {own} frames, or 1; set one of the two.")
     folder = locate(config.tokenizer) if config.tokenizer else None
     words = read_tokenizer(path, folder, model.config.text_config.vocab_size, path.name)
-    size = model.config.vision_config.image_size
+    return _assembled(config, Clip(model, words))
+
+
+def full_size(config: Config) -> ViClip:
+    """The published network without weights."""
+    check(config)
+    model = empty_viclip(DTYPES[config.dtype])
+    return _assembled(config, Clip(model, stand_in_tokenizer(model.config.text_config.max_position_embeddings)))
+
+
+def _assembled(config: Config, clip: Clip) -> ViClip:
+    own = trained_frames(clip.model)
+    if config.frames not in (0, 1, own):
+        raise InputError(f"frames is {config.frames}, but this ViCLIP takes {own} frames, or 1; set one of the two.")
+    size = clip.model.config.vision_config.image_size
     view = View(size, size, config.fit, antialias=config.antialias)
-    return ViClip(config, Clip(model, words), view, config.frames or own)
+    return ViClip(config, clip, view, config.frames or own)
 
 
 class ViClip(VideoReward):

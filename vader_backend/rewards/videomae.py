@@ -9,21 +9,29 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import VideoMAEForVideoClassification
+from transformers import VideoMAEConfig, VideoMAEForVideoClassification
 from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, load_frozen
+from ..loading import DTYPES, empty_from, load_frozen
 from ..mini.files import locate as embedded
+from ..stand_in import size_of
 from ._images import widened
 from ._videos import VideoConfig, VideoReward, View, as_processor, frame_count
 
 TITLE = "VideoMAE"
+HUB = {"checkpoint": ("MCG-NJU/videomae-base-finetuned-kinetics",)}
+_CLASSES = 400  # of Kinetics
+# Arguments of VideoMAEConfig, whose defaults are those of videomae-base, by parts of the checkpoint's name.
+_SIZES: dict[str, dict[str, Any]] = {
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
+}
 
 
 @dataclass(frozen=True)
@@ -48,11 +56,19 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> VideoMae:
     check(config)
     folder = locate(config.checkpoint)
     model = load_frozen(VideoMAEForVideoClassification, folder, DTYPES[config.dtype], "VideoMAE classifier")
-    told = model.config
-    count = frame_count(config.frames, told.num_frames, told.tubelet_size)
-    _set_frames(model, count)
-    view = as_processor(View(told.image_size, told.image_size, config.fit), folder / "preprocessor_config.json")
+    count = _set_frames(model, config.frames)
+    view = as_processor(_view(model, config.fit), folder / "preprocessor_config.json")
     return VideoMae(config, model, view, count)
+
+
+def full_size(config: Config) -> VideoMae:
+    """A published classifier without weights; whatever a prompt says, its first class is meant."""
+    check(config)
+    told = VideoMAEConfig(**size_of(config.checkpoint, _SIZES, {}), num_labels=_CLASSES)
+    model = empty_from(VideoMAEForVideoClassification, told, DTYPES[config.dtype])
+    count = _set_frames(model, config.frames)
+    first = model.config.id2label[0]
+    return VideoMae(replace(config, action=first, keywords=""), model, _view(model, config.fit), count)
 
 
 class VideoMae(VideoReward):
@@ -88,11 +104,17 @@ class VideoMae(VideoReward):
         return self.names[max(named, key=len)]
 
 
-def _set_frames(model: VideoMAEForVideoClassification, count: int) -> None:
-    """Another number of frames than the configuration's: the fixed table of positions is all that depends on it."""
+def _view(model: VideoMAEForVideoClassification, fit: str) -> View:
+    return View(model.config.image_size, model.config.image_size, fit)
+
+
+def _set_frames(model: VideoMAEForVideoClassification, frames: int) -> int:
+    """How many frames it takes from now on, 0 for its own number; the fixed table of positions depends on it."""
     told = model.config
+    count = frame_count(frames, told.num_frames, told.tubelet_size)
     places = (told.image_size // told.patch_size) ** 2 * (count // told.tubelet_size)
     model.videomae.embeddings.position_embeddings = get_sinusoid_encoding_table(places, told.hidden_size)
+    return count
 
 
 def _phrases(classes: dict[str, int], keywords: str) -> dict[str, int]:

@@ -19,10 +19,11 @@ from transformers import Qwen2Tokenizer
 from ..config import InputError, check, option
 from ..loading import DTYPES, fingerprint, reading
 from ..mini.files import locate as embedded
+from ..stand_in import tokenizer as stand_in_tokenizer
 from ..types import FrameSpec
 from ._fit import scaled
 from ._images import check_frames, precision, widened
-from ._qwen2vl import WHAT, RewardNetwork, about, load_network, newest
+from ._qwen2vl import WHAT, RewardNetwork, about, empty_network, load_network, newest
 from ._qwen2vl_pixels import fitted, patches
 from .base import SingleReward
 
@@ -38,6 +39,9 @@ CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     f"<|im_start|>user\n<|vision_start|>{VIDEO}<|vision_end|>{{text}}<|im_end|>\n<|im_start|>assistant\n"
 )
+_TOLD = {"data_config": {"max_frame_pixels": 448 * 448}}  # taken for model_config.json where there is none
+_WORDS = 820  # the published text has some 4100 letters, an English token about 5
+_MOST_TOKENS = 32768  # of a text
 _FEWEST_TOKENS = 128  # of two frames, to which small videos are enlarged
 
 
@@ -70,6 +74,14 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> QwenVideo
     tokenizer = read_tokenizer(next((path for path in (newest(folder) / "tokenizer", base) if path.is_dir()), base))
     network = load_network(folder, base, len(tokenizer), DTYPES[config.dtype])
     return QwenVideoReward(config, network, tokenizer, text, told)
+
+
+def full_size(config: Config) -> QwenVideoReward:
+    """The published network without weights, and a text about as long as the published one that says nothing."""
+    check(config)
+    template = " ".join(["word"] * _WORDS + ["{text_prompt}", *_MARKS])
+    words = stand_in_tokenizer(_MOST_TOKENS, (VIDEO, *_MARKS))
+    return QwenVideoReward(config, empty_network(DTYPES[config.dtype]), words, template, _TOLD)
 
 
 class QwenVideoReward(SingleReward):

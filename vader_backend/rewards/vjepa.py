@@ -10,23 +10,32 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import VJEPA2Model
+from transformers import VJEPA2Config, VJEPA2Model
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, load_frozen, read_tensors, reading
+from ..loading import DTYPES, build_empty, empty_from, load_frozen, read_tensors, reading
 from ..mini.files import locate as embedded
 from ..rng import generator
+from ..stand_in import size_of
 from ._images import widened
 from ._videos import VideoConfig, VideoReward, View, as_processor, frame_count
 from ._vjepa import Grid, Vjepa, take
 from ._vjepa2 import Vjepa2
 from ._vjepa_masks import Blocks, Mask, draw
-from ._vjepa_original import PARTS, build_vjepa
+from ._vjepa_original import PARTS, VIT_L16, VIT_SIZES, build_vjepa, new_vjepa
 
 TITLE = "V-JEPA"
+HUB = {"checkpoint": ("facebook/vjepa2-vitl-fpc64-256",)}
+_VJEPA2 = "vjepa2"
+# Arguments of VJEPA2Config, whose defaults are those of ViT-L.
+_VJEPA2_SIZES: dict[str, dict[str, Any]] = {
+    "vith": {"hidden_size": 1280, "num_hidden_layers": 32},
+    "vitg": {"hidden_size": 1408, "num_hidden_layers": 40, "num_attention_heads": 22, "mlp_ratio": 48 / 11},
+}
 
 
 @dataclass(frozen=True)
@@ -68,15 +77,38 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> VjepaRewa
     Raises:
         InputError: the checkpoint is missing, truncated or of another kind, or the masks hide everything or nothing.
     """
+    _check(config)
+    network, folder = _load(locate(config.checkpoint), DTYPES[config.dtype])
+    return _assembled(config, network, folder)
+
+
+def full_size(config: Config) -> VjepaReward:
+    """The published networks without weights: V-JEPA 2's where the checkpoint's name tells it, else V-JEPA's."""
+    _check(config)
+    name, dtype = config.checkpoint, DTYPES[config.dtype]
+    if _VJEPA2 in name.lower():
+        told = VJEPA2Config(**size_of(name, _VJEPA2_SIZES, {}), crop_size=384 if "384" in name else 256)
+        return _assembled(config, Vjepa2(empty_from(VJEPA2Model, told, dtype)).eval())
+    return _assembled(config, build_empty(lambda: new_vjepa(size_of(name, VIT_SIZES, VIT_L16)), dtype))
+
+
+def _check(config: Config) -> None:
     check(config)
     if not config.small_blocks and not config.large_blocks:
         raise InputError("small_blocks and large_blocks are both 0, so there is nothing to predict; set one above 0.")
     if config.min_aspect > config.max_aspect:
         raise InputError(f"min_aspect is {config.min_aspect}, above max_aspect; set it to {config.max_aspect} or less.")
-    network, folder = _load(locate(config.checkpoint), DTYPES[config.dtype])
+
+
+def _assembled(config: Config, network: Vjepa | Vjepa2, folder: Path | None = None) -> VjepaReward:
+    """Args:
+    folder: the one that may hold a processor's configuration.
+    """
     (tubelet, patch), (frames, size) = network.cell, network.video
     count = frame_count(config.frames, frames, tubelet)
-    view = as_processor(View(size, size * 256 // 224, config.fit), folder / "video_preprocessor_config.json")
+    view = View(size, size * 256 // 224, config.fit)
+    if folder is not None:
+        view = as_processor(view, folder / "video_preprocessor_config.json")
     return VjepaReward(
         config, network, view, count, _masks(config, Grid(count // tubelet, size // patch, size // patch))
     )
@@ -140,4 +172,4 @@ def _is_transformers(folder: Path) -> bool:
     if not path.is_file():
         return False
     with reading("configuration", path):
-        return bool(json.loads(path.read_text(encoding="utf-8")).get("model_type") == "vjepa2")
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("model_type") == _VJEPA2)

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import YolosForObjectDetection
+from transformers import YolosConfig, YolosForObjectDetection
 
 from ..config import InputError, check, option, suggest
-from ..loading import DTYPES, load_frozen, reading
+from ..loading import DTYPES, empty_from, load_frozen, reading
 from ..mini.files import locate as embedded
+from ..stand_in import size_of
 from ._images import (
     IMAGENET_NORM,
     ImageConfig,
@@ -32,8 +33,17 @@ from ._images import (
 )
 
 TITLE = "YOLOS"
+HUB = {"checkpoint": ("hustvl/yolos-tiny",)}
 _THRESHOLD = 0.2
 _PUBLISHED_HEIGHT = 512
+_CLASSES = 91  # of COCO
+_BASE: dict[str, Any] = {"image_size": [800, 1344]}
+# Arguments of YolosConfig, by parts of the checkpoint's name; the rest is as in yolos-base.
+_SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "image_size": [800, 1333],
+             "use_mid_position_embeddings": False},
+    "small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,14 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> Yolos:
     model = load_frozen(YolosForObjectDetection, folder, DTYPES[config.dtype], "YOLOS detector")
     size = (config.height, None) if config.height else _own_size(folder)
     return Yolos(config, model, _class_index(model.config.id2label, config.target), size)
+
+
+def full_size(config: Config) -> Yolos:
+    """A published detector without weights, in which the class that is named is the first one."""
+    check(config)
+    told = YolosConfig(**size_of(config.checkpoint, _SIZES, _BASE), num_labels=_CLASSES)
+    model = empty_from(YolosForObjectDetection, told, DTYPES[config.dtype])
+    return Yolos(config, model, 0, (config.height or _PUBLISHED_HEIGHT, None))
 
 
 class Yolos(ImageReward):

@@ -26,12 +26,12 @@ from .contrasts import build_default, judge_contrasts
 from .fit import SEED, fit
 from .videos import draw_videos, save_processor, scores, soften
 
-STEPS = 3000
-_CELL = (8, 8, 8)
-_WIDTH, _NARROW, _DEPTHS = 64, 48, (2, 3)
+STEPS = 1000
+_CELL = (4, 8, 8)
+_WIDTH, _NARROW, _DEPTH = 64, 48, 3
 _BATCH = 16
 _POOL = 3000
-_FLOOR, _LOUDNESS = 0.03, 0.015  # added to the variance of the patches' components; of all patches at first
+_FLOOR, _LOUDNESS = 0.1, 0.5  # added to the variance of the patches' components; of all patches at first
 _MOMENTUM = 0.999  # of the target encoder at first; 1 at the end
 
 
@@ -45,8 +45,8 @@ def new_vjepa() -> Vjepa:
     torch.manual_seed(SEED)
     grid = Grid(*(length // cell for length, cell in zip((FRAMES, SIZE, SIZE), _CELL, strict=True)))
     heads = published_heads(_WIDTH)
-    encoder = Encoder(_WIDTH, _DEPTHS[0], heads, 2 * _WIDTH, grid, _CELL)
-    predictor = Predictor(_WIDTH, _NARROW, _DEPTHS[1], heads, 2 * _NARROW, grid, len(Config().blocks()))
+    encoder = Encoder(_WIDTH, _DEPTH, heads, 2 * _WIDTH, grid, _CELL)
+    predictor = Predictor(_WIDTH, _NARROW, _DEPTH, heads, 2 * _NARROW, grid, len(Config().blocks()))
     for table in (encoder.pos_embed, predictor.predictor_pos_embed):
         table.requires_grad_(False).copy_(positions(grid, table.shape[-1]))
     for token in predictor.mask_tokens:

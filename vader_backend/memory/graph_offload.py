@@ -1,0 +1,114 @@
+"""Keep what the backward pass will need in main memory meanwhile, copied beside the computation.
+
+Source: torch.autograd.graph.save_on_cpu, whose copies hold up the computation; here they run on a stream of their
+own, through pinned memory, and the backward pass fetches one tensor ahead. Small tensors and weights stay.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from ..models.base import VideoModel
+from .tracker import tensors_of
+
+SMALLEST = 2**20  # bytes
+
+
+@contextmanager
+def graph_offload(model: VideoModel, host: torch.device | str = "cpu", *, smallest: int = SMALLEST) -> Iterator[None]:
+    """For the duration, tensors that autograd saves outside of `host` are kept on `host`.
+
+    Inside gradient checkpointing these are the blocks' inputs; what a block recomputes stays where it is.
+    """
+    weights = {tensor.untyped_storage()._cdata for tensor in tensors_of(model.parts().values())}
+    shelf = _Shelf(torch.device(host), smallest, weights)
+    with saved_tensors_hooks(shelf.put, shelf.take):
+        yield
+
+
+class _Stored:
+    """A storage's content on the host, and on its way back where it was asked for ahead."""
+
+    def __init__(self, copy: Tensor, source: Tensor, before: weakref.ref[_Stored] | None) -> None:
+        self.copy = copy
+        self.device = source.device
+        self.source = weakref.ref(source.untyped_storage())
+        self.before = before
+        self.fetched: Tensor | None = None
+
+
+class _View(NamedTuple):
+    """A tensor as a part of a storage; kernels find the strides that they would have found."""
+
+    stored: _Stored
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Shelf:
+    def __init__(self, host: torch.device, smallest: int, weights: set[int]) -> None:
+        self.host = host
+        self.smallest = smallest
+        self.weights = weights
+        self.known: weakref.WeakValueDictionary[tuple[int, torch.dtype], _Stored] = weakref.WeakValueDictionary()
+        self.newest: weakref.ref[_Stored] | None = None
+        self.stream: torch.cuda.Stream | None = None
+
+    def put(self, tensor: Tensor) -> Any:
+        key = tensor.untyped_storage()._cdata
+        if tensor.device == self.host or tensor.nbytes < self.smallest or key in self.weights:
+            return tensor
+        stored = self.known.get((key, tensor.dtype))
+        if stored is None or stored.source() is not tensor.untyped_storage():
+            stored = self._store(tensor)
+            self.known[key, tensor.dtype] = stored
+        return _View(stored, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _store(self, tensor: Tensor) -> _Stored:
+        whole = tensor.detach().as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
+        with self._beside(tensor.device):
+            copy = torch.empty_like(whole, device=self.host, pin_memory=tensor.is_cuda and self.host.type == "cpu")
+            copy.copy_(whole, non_blocking=True)
+            if self.stream is not None:
+                whole.record_stream(self.stream)
+        stored = _Stored(copy, tensor, self.newest)
+        self.newest = weakref.ref(stored)
+        return stored
+
+    def take(self, kept: Any) -> Tensor:
+        if isinstance(kept, Tensor):
+            return kept
+        stored, size, stride, offset = kept
+        whole = self._fetch(stored)
+        if self.stream is not None:
+            current = torch.cuda.current_stream(stored.device)
+            current.wait_stream(self.stream)
+            whole.record_stream(current)
+            before = stored.before() if stored.before is not None else None
+            if before is not None:  # autograd asks for the newest first
+                before.fetched = self._fetch(before)
+        stored.fetched = None
+        return whole.as_strided(size, stride, offset)
+
+    def _fetch(self, stored: _Stored) -> Tensor:
+        if stored.fetched is not None:
+            return stored.fetched
+        with self._beside(stored.device):
+            return stored.copy.to(stored.device, non_blocking=True)
+
+    def _beside(self, device: torch.device) -> Any:
+        """A stream that copies while the computation goes on, once what is there has been computed."""
+        if device.type != "cuda":
+            return nullcontext()
+        if self.stream is None:
+            self.stream = torch.cuda.Stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+        return torch.cuda.stream(self.stream)
