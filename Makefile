@@ -8,13 +8,16 @@ FIXTURES ?= tests/fixtures
 TORCH = $(shell grep '^torch==' constraints.txt)
 CHECKED = vader_backend nodes tools tests
 
-.PHONY: demo families mini parity workflows locales screenshots test test-full test-comfyui lint clean
+.PHONY: demo families rewards mini parity workflows locales screenshots test test-full test-comfyui lint clean
 
 demo: $(READY)
 	$(BIN)/python -m vader_nodes run workflows/api/demo.json
 
 families: $(READY)
 	$(BIN)/python -m vader_nodes.tools.families
+
+rewards: $(READY)
+	$(BIN)/python -m vader_nodes.tools.rewards_measured
 
 mini: $(READY)
 	$(BIN)/python -m vader_nodes.vader_backend.mini.recipe

@@ -102,7 +102,7 @@ def table(
 
 def _row(name: str, found: Estimate) -> list[str]:
     card = next((f"{size} GB" for size in CARDS if found.fits(size)), "none")
-    parts = [found.peak, *(found.phases[phase] for phase in PHASES), found.host]
+    parts = [found.peak, *(found.phases.get(phase, 0) for phase in PHASES), found.host]
     return [name, *(f"{size / 1e9:.2f}" for size in parts), card]
 
 

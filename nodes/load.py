@@ -61,13 +61,13 @@ class VaderLoadVideoModel:
             return (module.build(config),)
 
 
-def download(repository: str, node_id: str | None) -> Path:
-    """The folder of models/diffusers that holds a repository, which is downloaded unless it is there already.
+def download(repository: str, node_id: str | None, category: str = "diffusers") -> Path:
+    """The folder of a category of models that holds a repository, which is downloaded unless it is there already.
 
     Raises:
         InputError: it cannot be downloaded.
     """
-    folder = host.folder("diffusers") / repository
+    folder = host.folder(category) / repository
     with host.progress("Downloading", node_id) as show:
 
         def tell(done: int, total: int) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -15,7 +16,9 @@ from ..vader_backend.config import InputError, option
 from ..vader_backend.mini.files import PREFIX, weights
 from ..vader_backend.rewards.base import Combined, Reward, Towards
 from . import host, schema
+from .load import download
 
+_HUB = "hub: "
 _SLOTS = (1, 2, 3, 4)
 
 
@@ -32,12 +35,13 @@ class RewardNode:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         module = registry.load("rewards", cls.key)
-        return {"required": {}, "optional": schema.inputs(module.Config, combos=_checkpoints(module))}
+        settings = schema.inputs(module.Config, combos=_checkpoints(module))
+        return {"required": {}, "optional": settings, "hidden": {"unique_id": "UNIQUE_ID"}}
 
-    def make(self, **values: Any) -> tuple[Reward]:
+    def make(self, unique_id: str | None = None, **values: Any) -> tuple[Reward]:
         module = registry.load("rewards", self.key)
         with host.training_mode():
-            return (module.build(schema.read(module.Config, values), locate),)
+            return (module.build(schema.read(module.Config, values), partial(locate, node_id=unique_id)),)
 
 
 class MissingReward(RewardNode):
@@ -54,7 +58,7 @@ class MissingReward(RewardNode):
         # ComfyUI tells a refusal at each input that is named here, so there has to be one.
         return f"The reward {cls.key} is not available: {cls.UNAVAILABLE}. Install what is missing, and start anew."
 
-    def make(self, **values: Any) -> tuple[Reward]:
+    def make(self, unique_id: str | None = None, **values: Any) -> tuple[Reward]:
         raise InputError(str(self.VALIDATE_INPUTS()))
 
 
@@ -69,10 +73,16 @@ def title(key: str) -> str:
     return getattr(module, "TITLE", key.replace("_", " ").title())
 
 
-def locate(name: str) -> Path:
-    """The file or folder of a reward's weights: embedded, or in models/reward_models."""
+def locate(name: str, node_id: str | None = None) -> Path:
+    """The file or folder of a reward's weights: embedded, from the hub, or in models/reward_models.
+
+    Raises:
+        InputError: there is none of this name, or it cannot be downloaded.
+    """
     if name.startswith(PREFIX):
         return weights(name.removeprefix(PREFIX))
+    if name.startswith(_HUB):
+        return download(name.removeprefix(_HUB), node_id, host.REWARD_MODELS)
     return host.resolve(host.REWARD_MODELS, name)
 
 
@@ -182,15 +192,19 @@ def _checkpoints(module: ModuleType) -> dict[str, list[str]]:
     """What to offer for fields that name weights: files or folders.
 
     Such fields have embedded weights as their default, or stand in the module's MARKERS with the file by which
-    their folder is known, "" for a single file; several of them where either will do.
+    their folder is known, "" for a single file; several of them where either will do. Its HUB names repositories for
+    some fields, which are downloaded once, into models/reward_models.
     """
     found: dict[str, list[str]] = {}
     markers: dict[str, str | tuple[str, ...]] = getattr(module, "MARKERS", {})
+    repositories: dict[str, tuple[str, ...]] = getattr(module, "HUB", {})
     for field in dataclasses.fields(module.Config):
         name = str(field.default)
         if field.name in markers or name.startswith(PREFIX):
             marker = markers.get(field.name, "" if Path(name).suffix in host.WEIGHTS else "config.json")
-            found[field.name] = list(dict.fromkeys([name, *_named([marker] if isinstance(marker, str) else marker)]))
+            local = _named([marker] if isinstance(marker, str) else marker)
+            remote = [f"{_HUB}{repository}" for repository in repositories.get(field.name, ())]
+            found[field.name] = list(dict.fromkeys([name, *local, *remote]))
     return found
 
 

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import save_tiny, tiny_model
-from vader_nodes.nodes import host
+from vader_nodes.nodes import NODE_CLASS_MAPPINGS, host
 from vader_nodes.nodes.load import VaderLoadVideoModel
 from vader_nodes.vader_backend import hub
 from vader_nodes.vader_backend.config import InputError
+from vader_nodes.vader_backend.mini.files import weights
+from vader_nodes.vader_backend.rewards import yolos
 
 WEIGHTS = b"w" * 30_000_000  # huggingface_hub writes 10 MB at a time
 FILES = {
@@ -123,6 +125,21 @@ def test_the_node_downloads_a_model_and_loads_it(tmp_path: Path, monkeypatch: py
     (model,) = VaderLoadVideoModel().load("mini/modelscope", hub_id="org/net")
     assert model.fingerprint == tiny_model(tmp_path / "again", torch.float32).fingerprint
     assert "org/net" in VaderLoadVideoModel.INPUT_TYPES()["required"]["checkpoint"][0]
+
+
+@pytest.mark.usefixtures("address")
+def test_a_reward_node_downloads_its_network_and_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub.files = {path.name: path.read_bytes() for path in weights("detector").iterdir()}
+    monkeypatch.setattr(host, "_alone", host.Alone(tmp_path))
+    monkeypatch.setattr(yolos, "HUB", {"checkpoint": ("org/net",)})
+    node = NODE_CLASS_MAPPINGS["VaderRewardYolos"]
+    assert "hub: org/net" in node.INPUT_TYPES()["optional"]["checkpoint"][0]
+    (reward,) = node().make(checkpoint="hub: org/net")
+    assert reward.description["weights"] == node().make()[0].description["weights"]
+    assert (tmp_path / "models" / "reward_models" / "org" / "net" / "config.json").exists()
+    assert "org/net" in node.INPUT_TYPES()["optional"]["checkpoint"][0]
+    with pytest.raises(InputError, match="organisation/name"):
+        node().make(checkpoint="hub: ../net")
 
 
 @pytest.mark.usefixtures("address")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vader_nodes.nodes import host
 from vader_nodes.nodes.sample import VaderApplyLoRASample
 from vader_nodes.nodes.train import VaderTrainLoRA
-from vader_nodes.vader_backend.objectives import vader
+from vader_nodes.vader_backend.memory.idle_offload import idle_offload
 from vader_nodes.vader_backend.placement import encode, residents
 from vader_nodes.vader_backend.prompts import PromptSet
 from vader_nodes.vader_backend.types import Conditioning, VideoSpec
@@ -69,6 +69,12 @@ class Model:
             raise RuntimeError("out of memory")
         rows = torch.tensor([[float(prompt)] for prompt in prompts])
         return Conditioning({"text": rows if images is None else images + rows}, {"text": -rows})
+
+    def predict(self) -> None:
+        self.moves.append(("predict", ""))
+
+    def decode(self) -> None:
+        self.moves.append(("decode", ""))
 
 
 @pytest.fixture
@@ -168,38 +174,21 @@ def test_nodes_leave_the_encoders_behind(tmp_path: Path, monkeypatch: pytest.Mon
     assert sampled.value.args == trained.value.args == (model.denoiser, model.vae)
 
 
-class Watched(Brightness):
-    """A reward with a network on a device, which notes where it lies when it scores."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moves: list[tuple[str, str]] = []
-        self.network = Network("reward", self.moves)
-        self.network.place = THERE
-
-    def networks(self) -> Sequence[nn.Module]:
-        return [self.network]
-
-    def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> Tensor:
-        self.moves.append(("score", self.network.place.type))
-        return super().__call__(video_BTCHW, prompts, indices)
-
-
-@pytest.mark.parametrize("offload", [True, False])
-def test_rewards_wait_in_main_memory_while_videos_are_denoised(tmp_path: Path, offload: bool) -> None:
-    model, reward = tiny_model(tmp_path, torch.float32), Watched()
-    config = vader.Config(sampling_steps=2, offload_rewards=offload)
-    objective = vader.build(
-        config,
-        model,
-        reward,
-        PromptSet(("a cat",), ()),
-        VIDEO,
-        seed=0,
-        on_step=lambda: reward.moves.append(("step", "")),
-    )
-    (batch,) = objective.collect(0, 1)
-    objective.loss(batch)
-    steps = [("step", "")] * 2
-    home = [("reward", "cpu"), *steps, ("reward", "cuda")] if offload else steps
-    assert reward.moves == [*home, ("score", "cuda")]
+def test_autoencoder_and_rewards_wait_in_main_memory_while_videos_are_denoised(model: Model) -> None:
+    reward = Network("reward", model.moves)
+    reward.place = THERE
+    with idle_offload(model, [reward], THERE):  # type: ignore[arg-type]
+        for _ in range(2):
+            model.predict()
+        model.decode()
+        model.moves.append(("score", ""))
+        model.predict()  # a step that is recomputed in the backward pass
+    rest, back = [("vae", "cpu"), ("reward", "cpu")], [("vae", "cuda"), ("reward", "cuda")]
+    assert model.moves == [
+        *rest, ("predict", ""), ("predict", ""),
+        ("vae", "cuda"), ("decode", ""), ("reward", "cuda"), ("score", ""),
+        *rest, ("predict", ""), *back,
+    ]  # fmt: skip
+    model.moves.clear()
+    model.predict()
+    assert model.moves == [("predict", "")]

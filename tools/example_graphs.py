@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..nodes import NODE_CLASS_MAPPINGS
+from ..nodes import NODE_CLASS_MAPPINGS, workflow
 from . import frontend, workflow_sources
 
 if TYPE_CHECKING:
@@ -54,15 +54,17 @@ def examples() -> dict[str, dict[str, Any]]:
     names = sorted(known, key=lambda name: (bool(workflow_sources.downloads(known[name])), name != "quickstart"))
     graphs = [workflow_sources.graph(known[name]) for name in names]
     shipped = {node["class_type"]: graph for graph in reversed(graphs) for node in graph.values()}
-    shipped["VaderRewardTable"] = _as_table(shipped["VaderScoreVideo"])
+    shipped["VaderRewardTable"] = _beside("VaderScoreVideo", shipped["VaderScoreVideo"], "VaderRewardTable")
+    shipped["VaderEstimateMemory"] = _beside("VaderTrainLoRA", graphs[0], "VaderEstimateMemory")
     return {name: shipped.get(name) or _with_reward(graphs[0], name) for name in NODE_CLASS_MAPPINGS}
 
 
-def _as_table(graph: dict[str, Any]) -> dict[str, Any]:
-    """The graph with Reward Table, which stands in no workflow, in the place of Score Video."""
-    key, node = next((key, node) for key, node in graph.items() if node["class_type"] == "VaderScoreVideo")
-    inputs = {name: node["inputs"][name] for name in ("images", "prompts", "reward")}
-    return {**graph, key: {"class_type": "VaderRewardTable", "inputs": inputs}}
+def _beside(neighbour: str, graph: dict[str, Any], name: str) -> dict[str, Any]:
+    """The graph with a node that stands in no workflow, wired to what its neighbour is wired to where it takes that."""
+    links = next(node["inputs"] for node in graph.values() if node["class_type"] == neighbour)
+    takes = workflow.inputs(NODE_CLASS_MAPPINGS[name])
+    inputs = {key: value for key, value in links.items() if key in takes and workflow.is_link(value)}
+    return {**graph, str(1 + max(map(int, graph))): {"class_type": name, "inputs": inputs}}
 
 
 def _with_reward(graph: dict[str, Any], name: str) -> dict[str, Any]:

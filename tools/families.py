@@ -66,7 +66,7 @@ def main() -> None:
     for name, family in FAMILIES.items():
         if options.only in (None, name):
             section = _run(name, family, options.base_directory / name)
-            parts = {**_known(), name: section}
+            parts = {**sections(PAGE), name: section}
             write_text(PAGE, _HEAD + "".join(parts[known] for known in FAMILIES if known in parts))
 
 
@@ -88,31 +88,36 @@ def _run(name: str, family: Family, base: Path) -> str:
     graph_nodes = nodes(name, family)
     results = graph.run(graph_nodes, NODE_CLASS_MAPPINGS)
     (score,) = (key for key, node in graph_nodes.items() if node.class_type == "VaderScoreVideo")
-    (train,) = (node for node in graph_nodes.values() if node.class_type == "VaderTrainLoRA")
-    shown = ("steps", "batch_size", "learning_rate", "rank", "sampling_steps", "k", "guidance", "seed")
-    settings = ", ".join(f"{key} {train.inputs[key]}" for key in shown if key in train.inputs)
     others = "".join(f" {setting}." for setting in family.settings if not setting.startswith("VaderTrainLoRA."))
-    _picture(sorted((base / "output" / "demo").glob("side_by_side_*.png"))[-1], PICTURES / f"{name}.jpg")
+    picture(sorted((base / "output" / "demo").glob("side_by_side_*.png"))[-1], PICTURES / f"{name}.jpg")
     return (
-        f"\n## {name}\n\nVADER Train LoRA: {settings}.{others}\n\n"
+        f"\n## {name}\n\n{trained_with(graph_nodes)}{others}\n\n"
         f"![{name}: base above, aligned below](images/families/{name}.jpg)\n\n"
         f"```text\n{results[score][0]}\n```\n"
     )
 
 
-def _picture(source: Path, target: Path) -> None:
+def trained_with(found: Mapping[str, workflow.Node]) -> str:
+    """A line with the settings of the graph's training."""
+    (train,) = (node for node in found.values() if node.class_type == "VaderTrainLoRA")
+    shown = ("steps", "batch_size", "learning_rate", "rank", "sampling_steps", "k", "guidance", "seed")
+    settings = ", ".join(f"{key} {train.inputs[key]}" for key in shown if key in train.inputs)
+    return f"VADER Train LoRA: {settings}."
+
+
+def picture(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with Image.open(source) as picture:
         height = round(picture.height * _WIDTH / picture.width)
         picture.convert("RGB").resize((_WIDTH, height), Image.Resampling.LANCZOS).save(target, quality=85)
 
 
-def _known() -> dict[str, str]:
-    """The sections of the page as it is."""
-    if not PAGE.exists():
+def sections(page: Path) -> dict[str, str]:
+    """The sections of a page as it is."""
+    if not page.exists():
         return {}
-    sections = PAGE.read_text(encoding="utf-8").split("\n## ")[1:]
-    return {section.splitlines()[0]: f"\n## {section}" for section in sections}
+    found = page.read_text(encoding="utf-8").split("\n## ")[1:]
+    return {section.splitlines()[0]: f"\n## {section}" for section in found}
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .align import Settings
 from .lora import attached
@@ -23,11 +23,10 @@ from .memory.options import MemoryConfig, tricks
 from .memory.tracker import MemoryTracker, tensors_of
 from .models.base import VideoModel
 from .objectives.base import Batch
-from .placement import residents
+from .placement import lent, residents
 from .prompts import PromptSet
 from .registry import load
 from .rewards.base import Reward
-from .types import VideoSpec
 
 ALLOWANCE = 1.08  # fragments of the allocator, workspaces of kernels
 PHASES = ("encode", "rollout", "differentiated steps", "decode", "reward", "backward")
@@ -67,46 +66,76 @@ def estimate(
         InputError: the settings do not fit the model.
     """
     settings.check()
-    video = settings.video.resolve(model)
     mode = fake_mode()
     model, reward = fake_copy((model, reward), (*model.parts().values(), *reward.networks()), mode)
-    device, tracker, host = torch.device(DEVICE), MemoryTracker(DEVICE), MemoryTracker(HOST)
-    with ExitStack() as stack:
-        stack.enter_context(moving())
-        stack.enter_context(attached(model, settings.lora, seed=0))
+    tracker = MemoryTracker(DEVICE, HOST)
+    with moving(), fused_attention(), attached(model, settings.lora, seed=0):
         make_fake(model.denoiser, mode)
-        stack.enter_context(tricks(model, reward.networks(), memory, device, HOST))
-        stack.enter_context(_watched(model, tracker))
-        host.add(tensors_of([*model.parts().values(), *reward.networks()]))
-        for entered in (fused_attention(), host, tracker):
-            stack.enter_context(entered)
-        _step(model, reward, settings, video, tracker)
-    return Estimate(tracker.peak, dict(tracker.phases), tracker.phases["resident"], host.peak)
+        tracker.add(tensors_of([*model.parts().values(), *reward.networks()]))
+        return _step(model, reward, settings, memory, torch.device(DEVICE), HOST, tracker)
 
 
-def _step(model: VideoModel, reward: Reward, settings: Settings, video: VideoSpec, tracker: MemoryTracker) -> None:
+def measure(
+    model: VideoModel, reward: Reward, settings: Settings, memory: MemoryConfig, device: torch.device
+) -> Estimate:
+    """The same step in earnest, on `device`; the networks lie in main memory before and after.
+
+    On CUDA the peak is the allocator's own; elsewhere live tensors are counted. Main memory is not.
+    """
+    settings.check()
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(device)
+    with attached(model, settings.lora, seed=0):
+        found = _step(model, reward, settings, memory, device, "cpu", MemoryTracker(device.type))
+    return replace(found, peak=torch.cuda.max_memory_allocated(device)) if cuda else found
+
+
+def _step(
+    model: VideoModel,
+    reward: Reward,
+    settings: Settings,
+    memory: MemoryConfig,
+    device: torch.device,
+    host: str,
+    tracker: MemoryTracker,
+) -> Estimate:
+    """One step in the order in which `align` places networks; `host` is main memory."""
     size = settings.train.batch_size
+    video = settings.video.resolve(model)
     from_images = "image_encoder" in model.parts()
     images = tuple(torch.zeros(3, video.height, video.width) for _ in range(size)) if from_images else ()
     prompts = PromptSet(("a video",) * size, (), images)
-    for network in residents(model):
-        network.to(DEVICE)
-    tracker.add(tensors_of(residents(model)))
-    with tracker.phase("encode"):
-        objective = load("objectives", settings.method).build(
-            _shortened(settings.objective, model), model, _Watched(reward, tracker), prompts, video, seed=0
-        )
-    for network in reward.networks():
-        network.to(DEVICE)
-    tracker.add(tensors_of(reward.networks()))
-    trained = [p for p in model.denoiser.parameters() if p.requires_grad]
-    state = [torch.empty_like(p) for p in trained for _ in range(3 if settings.train.ema_decay else 2)]
-    with tracker.phase("resident"):
-        pass
-    loss, _ = objective.loss(Batch(0, tuple(range(size)), tuple(range(size))))
-    with tracker.phase("backward"):
-        loss.backward()
-    del loss, state
+    with ExitStack() as stack:
+        stack.enter_context(tricks(model, reward.networks(), memory, device, host))
+        stack.enter_context(_watched(model, tracker))
+        stack.enter_context(tracker)
+        stack.enter_context(_placed(residents(model), device, tracker))
+        with tracker.phase("encode"):
+            objective = load("objectives", settings.method).build(
+                _shortened(settings.objective, model), model, _Watched(reward, tracker), prompts, video, seed=0
+            )
+        stack.enter_context(_placed(reward.networks(), device, tracker))
+        trained = [p for p in model.denoiser.parameters() if p.requires_grad]
+        state = [torch.empty_like(p) for p in trained for _ in range(3 if settings.train.ema_decay else 2)]
+        with tracker.phase("resident"):
+            pass
+        loss, _ = objective.loss(Batch(0, tuple(range(size)), tuple(range(size))))
+        with tracker.phase("backward"):
+            loss.backward()
+        del loss, state
+        for parameter in trained:
+            parameter.grad = None
+    phases = dict(tracker.phases)
+    main_memory = tracker.counts[host].peak if host in tracker.counts and host != device.type else 0
+    return Estimate(tracker.main.peak, phases, phases["resident"], main_memory)
+
+
+@contextmanager
+def _placed(networks: Sequence[nn.Module], device: torch.device, tracker: MemoryTracker) -> Iterator[None]:
+    with lent(networks, device):
+        tracker.add(tensors_of(networks))
+        yield
 
 
 def _shortened(config: Any, model: VideoModel) -> Any:

@@ -151,8 +151,10 @@ def sample(
     eta: float = 0.0,
     noise: Callable[[int], Tensor] | None = None,
     on_step: Callable[[int, Tensor], None] | None = None,
+    end: int | None = None,
+    after: tuple[int, Rollout] | None = None,
 ) -> Rollout:
-    """Run the whole chain; only the planned steps are differentiated.
+    """Run the chain; only the planned steps are differentiated.
 
     Steps outside the plan build no graph of the network. A step between two planned ones still
     passes the gradient on through its linear part, as stop_grad(pred) of Algorithm 1 does.
@@ -161,11 +163,14 @@ def sample(
         z: [B, C, T, H, W] float32, unit-variance noise.
         noise: gives the fresh noise of step i, shaped like z; needed where eta > 0.
         on_step: called after each step with its number and the latent, graph and all; what it raises ends the chain.
+        end: stop before this step; None: run to the end.
+        after: go on from the rollout of a chain that ended before this step; `z` is not looked at.
     """
     if len(plan.steps) != len(schedule):
         raise ValueError(f"the plan has {len(plan.steps)} steps, the schedule {len(schedule)}")
-    x0, z = None, schedule.start * z
-    for i, differentiate in enumerate(plan.steps):
+    begin, past = after or (0, Rollout(schedule.start * z))
+    z, x0 = past.latents, past.history
+    for i, differentiate in list(enumerate(plan.steps))[begin:end]:
         seen = z.detach() if plan.stop_input or not differentiate else z
         with torch.set_grad_enabled(differentiate):
             scaled = model.process.scale_input(seen, schedule.alpha[i], schedule.sigma[i])
@@ -173,4 +178,4 @@ def sample(
         z, x0 = step(model.process, schedule, i, z, prediction, eta, noise(i) if noise and eta else None, x0)
         if on_step is not None:
             on_step(i, z)
-    return Rollout(z)
+    return Rollout(z, x0)

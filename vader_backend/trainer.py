@@ -165,6 +165,7 @@ class _Loop:
             for batch in self.objective.collect(self.result.step, size):
                 metrics = self._update(batch)
                 self.objective.after_update(self.result.step)
+            self.scheduler.step()
             self.result.step += 1
             self.result.losses.append(metrics["loss"])
             self.result.rewards.append(metrics.get("reward", math.nan))
@@ -182,7 +183,7 @@ class _Loop:
         )
         for micro in micro_batches:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(generator(self.options.seed, "dropout", micro.step, *micro.numbers).initial_seed())
+                torch.manual_seed(generator(self.options.seed, "dropout", *micro.key).initial_seed())
                 loss, metrics = self.objective.loss(micro)
                 share = len(micro) / len(batch)
                 if loss.requires_grad:
@@ -196,7 +197,6 @@ class _Loop:
             self.scaler.step(self.optimizer)
             self._follow()
         self.scaler.update() if self.scaler.is_enabled() else None
-        self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         return {
             **averages,

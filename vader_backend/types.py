@@ -89,6 +89,8 @@ class Rollout:
     """The end of a sampling chain.
 
     latents: [B, C, T, H, W]; carries the graph of the differentiated steps.
+    history: the clean latent of the last step, from which a solver of second order goes on; None before any step.
     """
 
     latents: Tensor
+    history: Tensor | None = None

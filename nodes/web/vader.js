@@ -1,5 +1,5 @@
 // Shows on its node how a training goes (the state that nodes/live.py sends), the text that a node ends with,
-// and why a node of ours refuses its inputs.
+// what a preset of the Memory node sets, and why a node of ours refuses its inputs.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -107,6 +107,31 @@ api.queuePrompt = async function () {
     }
 };
 
+// A preset fills in the other widgets of its node; one that is changed to something else makes it "custom".
+function followPreset(node, presets) {
+    const preset = node.widgets.find(({ name }) => name === "preset");
+    const settings = node.widgets.filter(({ name }) => name in presets[preset.value]);
+    const fill = () => {
+        for (const widget of settings) widget.value = presets[preset.value]?.[widget.name] ?? widget.value;
+    };
+    const compare = (widget) => {
+        if (widget.value !== presets[preset.value]?.[widget.name]) preset.value = "custom";
+    };
+    const listen = (widget, react) => {
+        const before = widget.callback;
+        widget.callback = function () {
+            before?.apply(this, arguments);
+            react(widget);
+            node.setDirtyCanvas(true, true);
+        };
+    };
+    fill();
+    setTimeout(() => { // by then a workflow that is being opened has set the widgets, one after another
+        listen(preset, fill);
+        for (const widget of settings) listen(widget, compare);
+    });
+}
+
 app.registerExtension({
     name: "vader.progress",
     setup() {
@@ -118,6 +143,14 @@ app.registerExtension({
     },
     beforeRegisterNodeDef(nodeType, definition) {
         if (!definition.name.startsWith("Vader")) return;
+        const presets = definition.input?.required?.preset?.[1]?.vader_presets;
+        if (presets) {
+            const created = nodeType.prototype.onNodeCreated;
+            nodeType.prototype.onNodeCreated = function () {
+                created?.apply(this, arguments);
+                followPreset(this, presets);
+            };
+        }
         const before = nodeType.prototype.onExecuted;
         nodeType.prototype.onExecuted = function (output) {
             before?.apply(this, arguments);

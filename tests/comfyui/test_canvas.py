@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 from vader_nodes.tools import frontend, workflow_sources
 from vader_nodes.tools.comfyui import Server
+from vader_nodes.vader_backend.memory.options import PRESETS
 
 NAMES = list(workflow_sources.sources())
 PANEL = "id => app.graph.getNodeById(id)?.vaderPanel?.root.innerText ?? ''"
 TRAIN = 5  # the Train node of the quickstart
+MEMORY = 4  # the Memory node of quickstart_modelscope
+WIDGETS = "id => Object.fromEntries(app.graph.getNodeById(id).widgets.map(({ name, value }) => [name, value]))"
+CHANGE = """async ([id, name, value]) => {
+    await new Promise((done) => setTimeout(done)); // no user is faster than a node that has just been made
+    const node = app.graph.getNodeById(id), widget = node.widgets.find((one) => one.name === name);
+    widget.setValue(value, { e: {}, node, canvas: app.canvas });
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +90,26 @@ def test_a_refused_run_shows_our_sentence(page: Any) -> None:
     opened(page, drawn("quickstart", k=21))
     press_run(page)
     page.get_by_text("K is 21", exact=False).first.wait_for(timeout=20_000)
+
+
+def test_a_preset_fills_in_the_settings_and_another_setting_is_custom(page: Any) -> None:
+    opened(page, drawn("quickstart_modelscope"))
+    page.evaluate(CHANGE, [MEMORY, "preset", "16 GB"])
+    filled = {"preset": "16 GB", **asdict(PRESETS["16 GB"])}
+    assert page.evaluate(WIDGETS, MEMORY) == filled
+    page.evaluate(CHANGE, [MEMORY, "stepwise", False])
+    assert page.evaluate(WIDGETS, MEMORY) == {**filled, "stepwise": False, "preset": "custom"}
+    page.evaluate(CHANGE, [MEMORY, "preset", "off"])
+    assert page.evaluate(WIDGETS, MEMORY) == {"preset": "off", **asdict(PRESETS["off"])}
+
+
+@pytest.mark.parametrize("preset", ["24 GB", "custom"])
+def test_opening_a_workflow_changes_no_setting_of_its_memory_node(page: Any, preset: str) -> None:
+    saved = {"preset": preset, **asdict(PRESETS["12 GB"]), "decode_tile": 64}
+    ui = drawn("quickstart_modelscope", **saved)
+    opened(page, ui)
+    assert page.evaluate(WIDGETS, MEMORY) == saved
+    page.evaluate("async ui => { await app.loadApiJson(ui, 'again'); }", frontend.converted(page, ui))
+    assert page.evaluate(WIDGETS, MEMORY) == saved
+    page.evaluate(CHANGE, [MEMORY, "preset", "48 GB"])
+    assert page.evaluate(WIDGETS, MEMORY) == {"preset": "48 GB", **asdict(PRESETS["48 GB"])}

@@ -107,7 +107,7 @@ def test_rewards_offer_embedded_weights_and_what_lies_there(empty_base: Path) ->
     node = NODE_CLASS_MAPPINGS["VaderRewardImagereward"].INPUT_TYPES()["optional"]
     assert node["checkpoint"][0] == ["mini/imagereward", "mine"]
     other = NODE_CLASS_MAPPINGS["VaderRewardAestheticV25"].INPUT_TYPES()["optional"]
-    assert other["checkpoint"][0] == ["mini/aesthetic_v25/siglip", "clip"]
+    assert other["checkpoint"][0] == ["mini/aesthetic_v25/siglip", "clip", "hub: google/siglip-so400m-patch14-384"]
     assert other["head"][0] == ["mini/aesthetic_v25/head.safetensors", "head.pth"]
     with pytest.raises(InputError, match="ImageReward"):
         NODE_CLASS_MAPPINGS["VaderRewardImagereward"]().make(checkpoint="ImageReward")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, YolosConfig, YolosForObjectDetection
 from vader_nodes.vader_backend.mini.recipe.tokenizer import save_tokenizer
 from vader_nodes.vader_backend.registry import load
-from vader_nodes.vader_backend.rewards._images import ImageReward
+from vader_nodes.vader_backend.rewards._images import PerFrameReward
 
 WIDTH = 16
 LAYERS = {0: (12, WIDTH), 2: (10, 12), 4: (8, 10), 6: (6, 8), 7: (1, 6)}
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, head_tensors: dict[str, Ten
 
 
 @pytest.fixture
-def make(folder: Path) -> Callable[..., ImageReward]:
+def make(folder: Path) -> Callable[..., PerFrameReward]:
     """make("hps", frames=2): a reward by its file name, on the small networks."""
     own: dict[str, dict[str, object]] = {
         "aesthetic": {"checkpoint": "clip", "head": "head.safetensors"},
@@ -51,7 +51,7 @@ def make(folder: Path) -> Callable[..., ImageReward]:
         "yolos": {"checkpoint": "detector", "target": "book", "height": 16},
     }
 
-    def build(kind: str, dtype: torch.dtype = torch.float32, **settings: object) -> ImageReward:
+    def build(kind: str, dtype: torch.dtype = torch.float32, **settings: object) -> PerFrameReward:
         module = load("rewards", kind)
         reward = module.build(module.Config(**{**own[kind], **settings}), lambda name: folder / name)
         for network in reward.networks():

@@ -59,6 +59,21 @@ def test_each_picture_is_scored_against_its_own_prompt(make: Make, kind: str) ->
 
 
 @pytest.mark.parametrize("kind", ["hps", "pickscore", "clipscore"])
+def test_each_text_is_encoded_once(make: Make, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = make(kind)
+    encode, encoded = reward.clip._encode, list[str]()
+
+    def counted(texts: list[str]) -> torch.Tensor:
+        encoded.extend(texts)
+        return encode(texts)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(reward.clip, "_encode", counted)
+    first = reward(video(), PROMPTS, [0, 1])
+    assert torch.equal(reward(video(), PROMPTS, [0, 1]), first)
+    assert encoded == list(PROMPTS)
+
+
+@pytest.mark.parametrize("kind", ["hps", "pickscore", "clipscore"])
 def test_an_overlong_prompt_is_cut_off(make: Make, kind: str) -> None:
     reward, clip = make(kind), video()[:1]
     long = " ".join(["red"] * 10)  # 12 tokens with start and end: just what fits

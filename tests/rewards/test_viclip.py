@@ -108,6 +108,7 @@ def test_the_order_of_frames_and_each_videos_own_prompt_count(make: Callable[...
 def test_frames_are_taken_at_the_published_stride(make: Callable[..., ViClip]) -> None:
     frames = make().frames
     assert frames.pick(FRAMES) == [0, 1, 2, 3]
+    assert frames.pick(FRAMES * 2) == [0, 2, 4, 6]
     assert frames.pick(FRAMES * 4 + 3) == [0, 4, 8, 12]
 
 

@@ -22,13 +22,18 @@ SMALLEST = 2**20  # bytes
 
 
 @contextmanager
-def graph_offload(model: VideoModel, host: torch.device | str = "cpu", *, smallest: int = SMALLEST) -> Iterator[None]:
+def graph_offload(
+    model: VideoModel, host: torch.device | str = "cpu", *, smallest: int | None = None
+) -> Iterator[None]:
     """For the duration, tensors that autograd saves outside of `host` are kept on `host`.
 
     Inside gradient checkpointing these are the blocks' inputs; what a block recomputes stays where it is.
+
+    Args:
+        smallest: bytes below which a tensor stays; None: SMALLEST.
     """
     weights = {tensor.untyped_storage()._cdata for tensor in tensors_of(model.parts().values())}
-    shelf = _Shelf(torch.device(host), smallest, weights)
+    shelf = _Shelf(torch.device(host), SMALLEST if smallest is None else smallest, weights)
     with saved_tensors_hooks(shelf.put, shelf.take):
         yield
 
@@ -50,7 +55,7 @@ class _View(NamedTuple):
     stored: _Stored
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class _Shelf:

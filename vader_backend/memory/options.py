@@ -14,7 +14,7 @@ from ..config import check, option
 from ..models.base import VideoModel
 from .block_swap import block_swap
 from .gradient_checkpointing import gradient_checkpointing
-from .graph_offload import SMALLEST, graph_offload
+from .graph_offload import graph_offload
 from .idle_offload import idle_offload
 from .low_bit import STORAGES, low_bit
 from .one_by_one import one_by_one
@@ -107,7 +107,7 @@ def tricks(
     device: torch.device,
     host: torch.device | str = "cpu",
     *,
-    smallest: int = SMALLEST,
+    smallest: int | None = None,
 ) -> Iterator[None]:
     """Everything that the settings ask for. Enter it while the denoiser lies on `host`; then move it to `device`.
 

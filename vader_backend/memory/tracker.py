@@ -1,10 +1,11 @@
-"""Counts the bytes of live tensors on a device, real or fake, while code runs."""
+"""Counts the bytes of live tensors on devices, real or fake, while code runs."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,21 +14,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class MemoryTracker(TorchDispatchMode):
-    """While active, every storage that an operation makes on `device` counts until it is freed.
+@dataclass
+class Count:
+    """Bytes now, and at most so far."""
 
-    live, peak: bytes now, and at most so far. phases: the peak while each phase lasted (see `phase`).
+    live: int = 0
+    peak: int = 0
+
+
+class MemoryTracker(TorchDispatchMode):
+    """While active, every storage that an operation makes on one of `devices` counts until it is freed.
+
+    counts: by the type of the device. phases: the peak on the first device while each phase lasted (see `phase`).
     Memory that kernels and allocators take for themselves is not seen.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, *devices: str) -> None:
         super().__init__()
-        self.device = device
-        self.live = 0
-        self.peak = 0
+        self.counts = {device: Count() for device in devices}
+        self.main = self.counts[devices[0]]
         self.phases: dict[str, int] = {}
         self._phase = ""
-        self._known: dict[int, Callable[[], None]] = {}
+        self._known: dict[int, weakref.ref[Any]] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that were there before."""
@@ -48,30 +56,32 @@ class MemoryTracker(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf)
+        if isinstance(result, Tensor):
+            self._see(result)
+        elif result is not None:
+            self.add(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
         return result
 
     def _see(self, tensor: Tensor) -> None:
-        if tensor.device.type != self.device:
-            return
+        count = self.counts.get(tensor.device.type)
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
+        key = storage._cdata
+        if count is None or key in self._known:
             return
-        self.live += size
-        self._known[key] = weakref.finalize(storage, self._free, key, size)  # type: ignore[assignment]
+        size = storage.nbytes()
+
+        def free(gone: object) -> None:
+            del self._known[key]
+            count.live -= size
+
+        self._known[key] = weakref.ref(storage, free)
+        count.live += size
+        count.peak = max(count.peak, count.live)
         self._note()
 
-    def _free(self, key: int, size: int) -> None:
-        if self._known.pop(key, None) is not None:
-            self.live -= size
-
     def _note(self) -> None:
-        self.peak = max(self.peak, self.live)
         if self._phase:
-            self.phases[self._phase] = max(self.phases.get(self._phase, 0), self.live)
+            self.phases[self._phase] = max(self.phases.get(self._phase, 0), self.main.live)
 
 
 def tensors_of(networks: Iterable[torch.nn.Module]) -> Iterator[Tensor]:

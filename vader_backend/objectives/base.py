@@ -16,21 +16,29 @@ class Batch:
 
     numbers: position of each sample in the whole update; with the step it keys the sample's random
     draws, so that they do not depend on how the update is divided. rows: which training prompt each is of.
+    turn: which update it is among those of one step.
     """
 
     step: int
     numbers: tuple[int, ...]
     rows: tuple[int, ...]
+    turn: int = 0
 
     def __len__(self) -> int:
         return len(self.numbers)
+
+    @property
+    def key(self) -> tuple[int | str, ...]:
+        """What tells its random draws from those of others."""
+        return (self.step, *self.numbers, *(("turn", self.turn) if self.turn else ()))
 
     def divide(self, rank: int, world: int, size: int) -> list[Batch]:
         """The micro-batches of at most `size` samples that process `rank` out of `world` works on."""
         mine = range(rank, len(self), world)
         rows = [mine[i : i + size] for i in range(0, len(mine), size)]
         return [
-            Batch(self.step, tuple(self.numbers[r] for r in part), tuple(self.rows[r] for r in part)) for part in rows
+            Batch(self.step, tuple(self.numbers[r] for r in part), tuple(self.rows[r] for r in part), self.turn)
+            for part in rows
         ]
 
 

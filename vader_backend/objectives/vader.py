@@ -20,7 +20,7 @@ from ..prompts import PromptSet
 from ..rewards.base import Reward
 from ..rng import generator
 from ..sampling import GradPlan, sample
-from ..types import FrameSpec, VideoSpec
+from ..types import FrameSpec, Rollout, VideoSpec
 from .base import Batch, Validation
 
 TRUNCATIONS = ("last_k", "random_k", "random_start", "from_step", "uniform")
@@ -65,6 +65,13 @@ class Config:
         choices=("reward", "random", "even", "first", "all"),
     )  # fmt: skip
     frame_count: int = option(1, "Number of frames for random, even and first.", low=1, high=1024)
+    evaluations: int = option(
+        1,
+        "Optimizer updates per rollout, each with other frames and other noise in the differentiated steps; the steps "
+        "before these, most of the work, are not run again.",
+        low=1,
+        high=64,
+    )
     negative_prompt: str = option("", "What the videos should not show.", multiline=True)
 
     def check(self, sampling_steps: int) -> None:
@@ -142,15 +149,19 @@ class Vader:
         self._cond = encode(self.model, self._texts, self.video, negative=self.config.negative_prompt, images=images)
         own = self.reward.frames
         chosen = self.config.reward_frames
+        self._prefixes: dict[tuple[tuple[int | str, ...], ...], Rollout] = {}
         self.frames = own if chosen == "reward" else FrameSpec(chosen, self.config.frame_count)  # type: ignore[arg-type]
 
     def collect(self, step: int, size: int) -> list[Batch]:
-        return [Batch(step, tuple(range(size)), tuple(self._row(step * size + i) for i in range(size)))]
+        rows = tuple(self._row(step * size + i) for i in range(size))
+        self._prefixes.clear()
+        return [Batch(step, tuple(range(size)), rows, turn) for turn in range(self.config.evaluations)]
 
     def loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         keys = [(self.seed, "train", batch.step, number) for number in batch.numbers]
-        latents = self._rollout(batch.rows, keys, self._plan(batch.step))
-        indices = self.frames.pick(self.video.frames, generator(self.seed, "frames", batch.step))
+        turn = ("turn", batch.turn) if batch.turn else ()
+        latents = self._rollout(batch.rows, keys, self._plan(batch.step), turn)
+        indices = self.frames.pick(self.video.frames, generator(self.seed, "frames", batch.step, *turn))
         video = self.model.decode(latents, indices)
         rewards = self.reward(video, [self._texts[row] for row in batch.rows], indices)
         return -rewards.mean(), {"reward": rewards.detach()}
@@ -168,24 +179,38 @@ class Vader:
         frames = self.reward.frames.report(self.video.frames)
         return Validation(video.cpu(), texts, self.reward(video[:, list(frames)], texts, frames).cpu())
 
-    def _rollout(self, rows: Sequence[int], keys: Sequence[tuple[int | str, ...]], plan: GradPlan) -> Tensor:
+    def _rollout(
+        self,
+        rows: Sequence[int],
+        keys: Sequence[tuple[int | str, ...]],
+        plan: GradPlan,
+        turn: tuple[int | str, ...] = (),
+    ) -> Tensor:
+        """The last latents; the steps before the first differentiated one are shared by the turns of a batch."""
         cond = self._cond.select(rows).to(self.model.device)
+        first = plan.steps.index(True) if any(plan.steps) and self.config.evaluations > 1 else 0
 
-        def noise(i: int) -> Tensor:
-            return initial_noise(self.model, self.video, [(*key, i) for key in keys])
-
-        def tick(i: int, z: Tensor) -> None:
-            on_step = self.on_step
-            if on_step is not None:
-                on_step()
-                if z.requires_grad:  # again when the backward pass has come to this step
-                    z.register_hook(lambda grad: on_step())
+        def run(end: int | None, after: tuple[int, Rollout] | None, late: tuple[int | str, ...]) -> Rollout:
+            return sample(
+                self.model, start, cond, self.schedule, plan, guidance=self.guidance, eta=self.eta,
+                noise=lambda i: initial_noise(self.model, self.video, [(*key, i, *late) for key in keys]),
+                on_step=self._tick, end=end, after=after,
+            )  # fmt: skip
 
         start = initial_noise(self.model, self.video, keys)
-        return sample(
-            self.model, start, cond, self.schedule, plan,
-            guidance=self.guidance, eta=self.eta, noise=noise, on_step=tick,
-        ).latents  # fmt: skip
+        if not first:
+            return run(None, None, turn).latents
+        known = tuple(keys)
+        if known not in self._prefixes:
+            self._prefixes[known] = run(first, None, ())
+        return run(None, (first, self._prefixes[known]), turn).latents
+
+    def _tick(self, i: int, z: Tensor) -> None:
+        on_step = self.on_step
+        if on_step is not None:
+            on_step()
+            if z.requires_grad:  # again when the backward pass has come to this step
+                z.register_hook(lambda grad: on_step())
 
     def _plan(self, step: int) -> GradPlan:
         total, config = len(self.schedule), self.config

@@ -19,7 +19,7 @@ from ..stand_in import size_of
 from ..stand_in import tokenizer as stand_in_tokenizer
 from ._clip_sizes import SIZES, VIT_H14
 from ._fit import FITS
-from ._images import CLIP_NORM, ImageConfig, ImageReward, normalise, precision, widened
+from ._images import CLIP_NORM, ImageConfig, PerFrameReward, normalise, precision, widened
 
 CLIP_MARKERS = {"checkpoint": ("config.json", "")}  # a folder or a file
 
@@ -110,7 +110,7 @@ class Clip:
         return F.normalize(self.embed_tokens(tokens.input_ids), dim=-1)
 
 
-class ClipReward(ImageReward):
+class ClipReward(PerFrameReward):
     """The cosine of each picture and its own prompt, without the logit scale."""
 
     def __init__(self, name: str, config: ClipConfig, clip: Clip) -> None:

@@ -46,7 +46,7 @@ class ImageConfig:
         return FrameSpec(cast(Literal["random", "first", "even", "all"], self.frame_choice), self.frames)
 
 
-class ImageReward(SingleReward):
+class PerFrameReward(SingleReward):
     """Base of the rewards that score each frame by itself."""
 
     def __init__(self, name: str, config: ImageConfig, networks: Sequence[nn.Module]) -> None:

@@ -82,7 +82,7 @@ def as_processor(view: View, path: Path) -> View:
         return replace(view, short=max(short, view.size), norm=(tuple(mean), tuple(std)), mode=mode)
 
 
-class VideoReward(SingleReward):
+class WholeVideoReward(SingleReward):
     """Base of the rewards that score a video as a whole."""
 
     def __init__(self, name: str, config: VideoConfig, network: nn.Module, view: View, count: int) -> None:

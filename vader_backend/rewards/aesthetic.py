@@ -19,7 +19,7 @@ from ..loading import DTYPES, build_empty, build_frozen, read_tensors
 from ..mini.files import locate as embedded
 from ._clip import Clip, empty_clip, fit, load_clip
 from ._clip_sizes import VIT_L14
-from ._images import ImageConfig, ImageReward, precision
+from ._images import ImageConfig, PerFrameReward, precision
 
 TITLE = "Aesthetic"
 HUB = {"checkpoint": ("openai/clip-vit-large-patch14",)}
@@ -75,7 +75,7 @@ class AestheticHead(nn.Module):
         return self.layers(features_ND).squeeze(-1)
 
 
-class Aesthetic(ImageReward):
+class Aesthetic(PerFrameReward):
     """See the module."""
 
     def __init__(self, config: Config, clip: Clip, head: AestheticHead) -> None:

@@ -20,7 +20,7 @@ from ..config import InputError, check, option
 from ..loading import DTYPES, build_empty, build_frozen, read_tensors, reading
 from ..mini.files import locate as embedded
 from ._fit import scaled
-from ._images import ImageConfig, ImageReward, normalise, precision, widened
+from ._images import ImageConfig, PerFrameReward, normalise, precision, widened
 from ._linear_head import build_head, empty_head
 
 TITLE = "Aesthetic V2.5"
@@ -74,7 +74,7 @@ def full_size(config: Config) -> AestheticV25:
     return AestheticV25(config, tower, empty_head(tower.config.hidden_size))
 
 
-class AestheticV25(ImageReward):
+class AestheticV25(PerFrameReward):
     """See the module."""
 
     def __init__(self, config: Config, tower: Any, head: nn.Sequential) -> None:

@@ -20,7 +20,7 @@ from ..mini.files import locate as embedded
 from ..stand_in import tokenizer as stand_in_tokenizer
 from ._blip import build_text, build_vision, empty_towers
 from ._fit import crop
-from ._images import CLIP_NORM, ImageConfig, ImageReward, normalise, precision, widened
+from ._images import CLIP_NORM, ImageConfig, PerFrameReward, normalise, precision, widened
 from ._linear_head import build_head, empty_head
 
 TITLE = "ImageReward"
@@ -100,7 +100,7 @@ def build_network(tensors: Mapping[str, Tensor], told: Mapping[str, Any], source
     return ImageRewardNetwork(vision, text, head).eval()
 
 
-class BlipReward(ImageReward):
+class BlipReward(PerFrameReward):
     """See the module."""
 
     def __init__(self, config: Config, network: ImageRewardNetwork, tokenizer: BertTokenizer) -> None:

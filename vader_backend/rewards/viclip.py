@@ -19,7 +19,7 @@ from ..open_clip import read_tokenizer
 from ..stand_in import tokenizer as stand_in_tokenizer
 from ._clip import Clip, tokenizer
 from ._viclip import build_viclip, empty_viclip, trained_frames
-from ._videos import VideoConfig, VideoReward, View
+from ._videos import VideoConfig, View, WholeVideoReward
 
 TITLE = "ViCLIP"
 
@@ -66,7 +66,7 @@ def _assembled(config: Config, clip: Clip) -> ViClip:
     return ViClip(config, clip, view, config.frames or own)
 
 
-class ViClip(VideoReward):
+class ViClip(WholeVideoReward):
     """Cosine of each video and its own prompt."""
 
     def __init__(self, config: Config, clip: Clip, view: View, count: int) -> None:

@@ -23,7 +23,7 @@ from ..loading import DTYPES, empty_from, load_frozen
 from ..mini.files import locate as embedded
 from ..stand_in import size_of
 from ._images import widened
-from ._videos import VideoConfig, VideoReward, View, as_processor, frame_count
+from ._videos import VideoConfig, View, WholeVideoReward, as_processor, frame_count
 
 TITLE = "VideoMAE"
 HUB = {"checkpoint": ("MCG-NJU/videomae-base-finetuned-kinetics",)}
@@ -71,7 +71,7 @@ def full_size(config: Config) -> VideoMae:
     return VideoMae(replace(config, action=first, keywords=""), model, _view(model, config.fit), count)
 
 
-class VideoMae(VideoReward):
+class VideoMae(WholeVideoReward):
     """See the module."""
 
     def __init__(self, config: Config, model: VideoMAEForVideoClassification, view: View, count: int) -> None:

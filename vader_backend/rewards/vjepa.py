@@ -22,7 +22,7 @@ from ..mini.files import locate as embedded
 from ..rng import generator
 from ..stand_in import size_of
 from ._images import widened
-from ._videos import VideoConfig, VideoReward, View, as_processor, frame_count
+from ._videos import VideoConfig, View, WholeVideoReward, as_processor, frame_count
 from ._vjepa import Grid, Vjepa, take
 from ._vjepa2 import Vjepa2
 from ._vjepa_masks import Blocks, Mask, draw
@@ -114,7 +114,7 @@ def _assembled(config: Config, network: Vjepa | Vjepa2, folder: Path | None = No
     )
 
 
-class VjepaReward(VideoReward):
+class VjepaReward(WholeVideoReward):
     """See the module."""
 
     def __init__(self, config: Config, network: Vjepa | Vjepa2, view: View, count: int, masks: Sequence[Mask]) -> None:

@@ -23,7 +23,7 @@ from ..stand_in import size_of
 from ._images import (
     IMAGENET_NORM,
     ImageConfig,
-    ImageReward,
+    PerFrameReward,
     check_frames,
     normalise,
     over_frames,
@@ -86,7 +86,7 @@ def full_size(config: Config) -> Yolos:
     return Yolos(config, model, 0, (config.height or _PUBLISHED_HEIGHT, None))
 
 
-class Yolos(ImageReward):
+class Yolos(PerFrameReward):
     """target: index of the class; size: height and width at which frames are looked at, None: as the frame's shape."""
 
     def __init__(

@@ -25,7 +25,7 @@ from .fit import SEED, fit
 from .preferences import SHOWN, Probe, hazy, mistaken, new_head, partly_right, save_half
 from .tokenizer import MAX_TOKENS, caption_words
 
-STEPS = 1200
+STEPS = 2400
 _BATCH, _CAPTIONS = 32, 4  # frames, and captions of each
 _POOL = 5000
 _WIDTH = 64  # BLIP's picture tower has heads of 64 channels
