@@ -64,9 +64,6 @@ SUBJECTS = {
     "SVD, 1024x576x14": Subject(
         "svd", "Stable Video Diffusion, 14 frames", "float16", VideoConfig(14, 576, 1024), _HPS, 16, "16 GB"
     ),
-    "SVD with V-JEPA, 1024x576x14": Subject(
-        "svd", "Stable Video Diffusion, 14 frames", "float16", VideoConfig(14, 576, 1024), ("vjepa",), 16, "12 GB"
-    ),
     "Wan 2.1 1.3B, 832x480x81": Subject(
         "wan", "Wan 2.1 T2V 1.3B", "bfloat16", VideoConfig(81, 480, 832), _HPS, 16, "16 GB"
     ),

@@ -80,7 +80,7 @@ PRESETS: Mapping[str, MemoryConfig] = {
     ),
     "16 GB": MemoryConfig(
         gradient_checkpointing=True, stepwise=True, one_by_one=True, offload_idle=True, graph_offload=True,
-        resident_gb=3, decode_tile=384,
+        resident_gb=3, decode_tile=256,
     ),
     "12 GB": MemoryConfig(
         gradient_checkpointing=True, stepwise=True, one_by_one=True, offload_idle=True, graph_offload=True,
