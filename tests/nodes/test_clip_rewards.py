@@ -10,14 +10,21 @@ from vader_nodes.nodes import NODE_CLASS_MAPPINGS
 SAVED = ["checkpoint", "frames", "frame_choice"]  # the first inputs of workflows that were saved before
 
 
-@pytest.mark.parametrize("name", ["Hps", "Pickscore", "Clipscore"])
+HUB = {
+    "Hps": [],
+    "Pickscore": ["hub: yuvalkirstain/PickScore_v1"],
+    "Clipscore": ["hub: openai/clip-vit-large-patch14"],
+}
+
+
+@pytest.mark.parametrize("name", HUB)
 def test_folders_and_files_are_offered(empty_base: Path, name: str) -> None:
     folder = empty_base / "models" / "reward_models"
     for file in ("clip/config.json", "clip/model.safetensors", "HPS_v2_compressed.pt", "notes.txt"):
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).touch()
     inputs = NODE_CLASS_MAPPINGS[f"VaderReward{name}"].INPUT_TYPES()["optional"]
-    assert inputs["checkpoint"][0] == ["mini/clip", "clip", "HPS_v2_compressed.pt"]
+    assert inputs["checkpoint"][0] == ["mini/clip", "clip", "HPS_v2_compressed.pt", *HUB[name]]
     assert list(inputs) == [*SAVED, "fit", "tokenizer", "dtype"]
 
 
