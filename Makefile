@@ -6,9 +6,9 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 FIXTURES ?= tests/fixtures
 TORCH = $(shell grep '^torch==' constraints.txt)
-CHECKED = vader_backend nodes tools tests
+CHECKED = vader_backend nodes tools tests benchmarks
 
-.PHONY: demo families rewards mini parity workflows locales screenshots test test-full test-comfyui lint clean
+.PHONY: demo families rewards bench mini parity workflows locales screenshots test test-full test-comfyui lint clean
 
 demo: $(READY)
 	$(BIN)/python -m vader_nodes run workflows/api/demo.json
@@ -19,6 +19,13 @@ families: $(READY)
 rewards: $(READY)
 	$(BIN)/python -m vader_nodes.tools.rewards_measured
 
+# Takes long, about an hour; each keeps the rows that are there, so that it can be stopped and run again.
+bench: $(READY)
+	$(BIN)/python -m vader_nodes.benchmarks.memory_ladder
+	$(BIN)/python -m vader_nodes.benchmarks.step_time
+	$(BIN)/python -m vader_nodes.benchmarks.cost_growth
+	$(BIN)/python -m vader_nodes.benchmarks.reward_against_time
+
 mini: $(READY)
 	$(BIN)/python -m vader_nodes.vader_backend.mini.recipe
 
@@ -26,6 +33,7 @@ test: lint
 	$(BIN)/python -m pytest -n auto --ignore=tests/comfyui
 
 test-full: lint
+	$(BIN)/pip install $(PIP_ARGS) -c constraints.txt -e '.[dev,8bit]'
 	$(BIN)/python -m pytest -n auto --slow --ignore=tests/comfyui
 
 test-comfyui: $(READY)

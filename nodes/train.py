@@ -158,6 +158,9 @@ def _report(result: AlignResult) -> str:
     ]
     if result.skipped:
         lines.insert(1, f"{result.skipped} steps skipped for a gradient that was not finite")
+    errors = [line["rollout_error"] for line in result.metrics if line.get("rollout_error") is not None]
+    if errors:
+        lines.insert(2, f"videos off by {fmean(errors):.1%} for cached predictions (root mean square, of latents)")
     return "\n".join(lines)
 
 

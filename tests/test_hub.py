@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 from tiny import save_tiny, tiny_model
 from vader_nodes.nodes import NODE_CLASS_MAPPINGS, host
 from vader_nodes.nodes.load import VaderLoadVideoModel
@@ -26,7 +27,11 @@ FILES = {
     "unet/model.safetensors": WEIGHTS,
     "unet/model.fp16.safetensors": b"w",
     "unet/model.bin": b"pickle",
+    "unet/pytorch_model.bin": b"pickle",
+    "text_encoder/pytorch_model-00001-of-00001.bin": b"p",
+    "text_encoder/training_args.bin": b"p",
     "all.safetensors": b"w",
+    "pytorch_model.bin": b"pickle",
 }
 REVISION = "a" * 40
 
@@ -93,8 +98,9 @@ def test_a_download_brings_what_is_wanted_once(tmp_path: Path) -> None:
     assert (folder / "unet" / "model.safetensors").read_bytes() == WEIGHTS
     assert (folder / "model_index.json").exists()
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert {name for name in files if name in FILES} == {"model_index.json", "unet/model.safetensors"}
-    assert seen[-1] == (30_000_002, 30_000_002)
+    wanted = {"model_index.json", "unet/model.safetensors", "text_encoder/pytorch_model-00001-of-00001.bin"}
+    assert files & FILES.keys() == wanted
+    assert seen[-1] == (30_000_003, 30_000_003)
     before = Hub.requests
     hub.download("org/net", tmp_path / "net")
     assert Hub.requests == before
@@ -127,9 +133,15 @@ def test_the_node_downloads_a_model_and_loads_it(tmp_path: Path, monkeypatch: py
     assert "org/net" in VaderLoadVideoModel.INPUT_TYPES()["required"]["checkpoint"][0]
 
 
+@pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.usefixtures("address")
-def test_a_reward_node_downloads_its_network_and_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reward_node_downloads_its_network_and_loads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pickled: bool
+) -> None:
     Hub.files = {path.name: path.read_bytes() for path in weights("detector").iterdir()}
+    if pickled:
+        torch.save(load(Hub.files.pop("model.safetensors")), tmp_path / "pytorch_model.bin")
+        Hub.files["pytorch_model.bin"] = (tmp_path / "pytorch_model.bin").read_bytes()
     monkeypatch.setattr(host, "_alone", host.Alone(tmp_path))
     monkeypatch.setattr(yolos, "HUB", {"checkpoint": ("org/net",)})
     node = NODE_CLASS_MAPPINGS["VaderRewardYolos"]
@@ -140,6 +152,13 @@ def test_a_reward_node_downloads_its_network_and_loads_it(tmp_path: Path, monkey
     assert "org/net" in node.INPUT_TYPES()["optional"]["checkpoint"][0]
     with pytest.raises(InputError, match="organisation/name"):
         node().make(checkpoint="hub: ../net")
+
+
+@pytest.mark.usefixtures("address")
+def test_a_repository_without_weights_is_refused(tmp_path: Path) -> None:
+    Hub.files = {"config.json": b"{}", "training_args.bin": b"p"}
+    with pytest.raises(InputError, match=r"org/net has neither a \.safetensors file nor a pytorch_model\.bin"):
+        hub.download("org/net", tmp_path / "net")
 
 
 @pytest.mark.usefixtures("address")

@@ -102,7 +102,7 @@ def test_vjepa_prefers_each_video_to_what_is_made_of_it(name: str, length: int) 
 
 
 def test_viclip_finds_the_caption_among_eight() -> None:
-    assert viclip.judge_viclip(reward("viclip"), 100)["right_of_8"] >= 0.9
+    assert viclip.right_of_8(reward("viclip"), 100) >= 0.9
 
 
 def test_imagereward_finds_the_caption_among_eight() -> None:

@@ -94,11 +94,19 @@ _CIRCLES = {
     "held_out_fraction": 0.5,
 }
 TRIALS: dict[str, Trial] = {
-    "yolos": Trial("VaderRewardYolos", removed, _CIRCLES, steps=5),
+    "yolos": Trial(
+        "VaderRewardYolos",
+        removed,
+        _CIRCLES,
+        steps=5,
+        training={"steps": 100, "batch_size": 4, "learning_rate": 0.0015},
+    ),
     "videomae": Trial(
         "VaderRewardVideomae", moved, guidance=0.3, training={"steps": 80, "batch_size": 8, "learning_rate": 0.004}
     ),
-    "vjepa": Trial("VaderRewardVjepa", steadied, guidance=1, training={"steps": 80, "learning_rate": 0.005}),
+    "vjepa": Trial(
+        "VaderRewardVjepa", steadied, guidance=1, training={"steps": 80, "batch_size": 4, "learning_rate": 0.005}
+    ),
 }
 
 

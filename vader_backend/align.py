@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import require_space
+from .compiled_rollout import compiled_rollout
 from .config import check
 from .generate import VideoConfig
 from .loading import fingerprint
@@ -46,13 +47,15 @@ class Settings:
         """Raises InputError where a value is outside its range or not finite."""
         for part in (self.objective, self.lora, self.train, self.video):
             check(part)
+        self.train.check()
 
 
 @dataclass(frozen=True)
 class AlignResult:
     """lora: what was trained. reused: whether a finished run of the same configuration was found.
 
-    losses, rewards: one value per step. held_out: (step, mean reward of the previewed prompts).
+    losses, rewards: one value per step. held_out: (step, mean reward of the previewed prompts). metrics: the lines of
+    metrics.jsonl.
     """
 
     lora: LoraWeights
@@ -62,6 +65,7 @@ class AlignResult:
     skipped: int
     folder: Path
     reused: bool
+    metrics: list[dict[str, float]]
 
 
 def align(
@@ -94,6 +98,7 @@ def align(
     video = settings.video.resolve(model)
     shape = settings.lora.resolve(model)
     with ExitStack() as stack:
+        stack.enter_context(compiled_rollout(model) if settings.train.compile_rollout else nullcontext())
         stack.enter_context(tricks(model, reward.networks(), memory, place.device))
         stack.enter_context(place.workspace(residents(model)))
         objective = load("objectives", settings.method).build(
@@ -144,7 +149,9 @@ def _curves(result: TrainResult) -> dict[str, Any]:
 
 def _result(lora: LoraWeights, curves: dict[str, Any], folder: RunFolder, *, reused: bool) -> AlignResult:
     held_out = [(int(step), float(value)) for step, value in curves["held_out"]]
-    return AlignResult(lora, curves["losses"], curves["rewards"], held_out, curves["skipped"], folder.path, reused)
+    return AlignResult(
+        lora, curves["losses"], curves["rewards"], held_out, curves["skipped"], folder.path, reused, folder.metrics()
+    )
 
 
 def _recording(hooks: Hooks, folder: RunFolder, fps: float) -> Hooks:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from .align import Settings
 from .lora import attached
-from .memory._wrapping import Depth, wrapped
 from .memory.fake import DEVICE, HOST, fake_copy, fake_mode, fused_attention, make_fake, moving
 from .memory.options import MemoryConfig, tricks
 from .memory.tracker import MemoryTracker, tensors_of
@@ -27,6 +26,8 @@ from .placement import lent, residents
 from .prompts import PromptSet
 from .registry import load
 from .rewards.base import Reward
+from .trainer import EIGHT_BIT, TrainOptions
+from .wrapping import Depth, wrapped
 
 ALLOWANCE = 1.08  # fragments of the allocator, workspaces of kernels
 PHASES = ("encode", "rollout", "differentiated steps", "decode", "reward", "backward")
@@ -117,7 +118,7 @@ def _step(
             )
         stack.enter_context(_placed(reward.networks(), device, tracker))
         trained = [p for p in model.denoiser.parameters() if p.requires_grad]
-        state = [torch.empty_like(p) for p in trained for _ in range(3 if settings.train.ema_decay else 2)]
+        state = _optimizer_state(trained, settings.train)
         with tracker.phase("resident"):
             pass
         loss, _ = objective.loss(Batch(0, tuple(range(size)), tuple(range(size))))
@@ -136,6 +137,13 @@ def _placed(networks: Sequence[nn.Module], device: torch.device, tracker: Memory
     with lent(networks, device):
         tracker.add(tensors_of(networks))
         yield
+
+
+def _optimizer_state(parameters: Sequence[Tensor], options: TrainOptions) -> list[Tensor]:
+    """Two moments, and the moving average."""
+    moments = torch.uint8 if options.optimizer == EIGHT_BIT else None
+    kinds = [moments, moments, *([None] if options.ema_decay else [])]
+    return [torch.empty_like(p, dtype=kind) for p in parameters for kind in kinds]
 
 
 def _shortened(config: Any, model: VideoModel) -> Any:

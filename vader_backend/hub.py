@@ -21,6 +21,7 @@ from .checkpoint import require_space, write_text
 from .config import InputError
 
 _KINDS = (".json", ".safetensors", ".txt", ".model")
+_PICKLED = re.compile(r"(.*/)?pytorch_model[^/]*\.bin")  # of transformers; only its tensors are read
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _DONE = ".vader_downloaded.json"
 _POLL_SECONDS = 0.5
@@ -82,14 +83,22 @@ def _listed(repository: str, folder: Path) -> tuple[str, dict[str, int]]:
         raise _refused(repository, folder, f"{type(error).__name__}: {error}") from error
     files = {file.rfilename: int(file.size or 0) for file in info.siblings or []}
     wanted = [name for name in files if _wanted(name, files)]
-    if not any(name.endswith(".safetensors") for name in wanted):
-        raise InputError(f"{repository} has no .safetensors file; choose a repository with safetensors weights.")
+    if not any(name.endswith((".safetensors", ".bin")) for name in wanted):
+        raise InputError(
+            f"{repository} has neither a .safetensors file nor a pytorch_model.bin; choose another repository."
+        )
     return str(info.sha), {name: files[name] for name in wanted}
 
 
 def _wanted(name: str, files: Collection[str]) -> bool:
-    """No pickles and pictures; of a diffusers folder no second copy: in one file at its root, or in half precision."""
-    if not name.endswith(_KINDS):
+    """No pictures, and pickles only where a folder has no safetensors.
+
+    Of a diffusers folder no second copy: in one file at its root, or in half precision.
+    """
+    pickled = _PICKLED.fullmatch(name)
+    if pickled and any(file.startswith(pickled[1] or "") and file.endswith(".safetensors") for file in files):
+        return False
+    if not pickled and not name.endswith(_KINDS):
         return False
     if name.endswith(".safetensors") and "model_index.json" in files and "/" not in name:
         return False

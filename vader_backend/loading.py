@@ -15,6 +15,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .config import InputError
 from .precision import chosen, convert, converted, kept_in_float32, stored_dtype
@@ -98,27 +99,20 @@ def names_pipeline(folder: Path, pipelines: Collection[str]) -> bool:
 
 
 def load_frozen(cls: Any, folder: Path, dtype: torch.dtype, what: str) -> Any:
-    """Load a diffusers or transformers class from a local folder: safetensors only, no network, nothing missing.
+    """Load a diffusers or transformers class from a local folder: no network, no pickled code, nothing missing.
+
+    Of a transformers class that has no .safetensors file, the tensors of pytorch_model*.bin are taken.
 
     Raises:
-        InputError: the folder is missing, truncated, holds a pickle only, or its weights are not those of the class.
+        InputError: the folder is missing, truncated, holds other pickles only, or its weights are not the class's own.
     """
     if not folder.is_dir():
         raise InputError(f"The {what} is missing: there is no folder {folder}. Download the whole checkpoint.")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
-        held = f"; {pickles[0]} is a pickle, which is not loaded from such a folder" if pickles else ""
-        raise InputError(f"The {what} in {folder} has no .safetensors file{held}. Download the safetensors version.")
-    for file in files:
-        with opened(file, what, "np"):
-            pass
+    given, stored = _source(cls, folder, what)
     with reading(what, folder):
-        _refuse_other_kind(cls, folder)
-        stored = stored_dtype(file for file in files if "." not in file.stem) or dtype  # not a variant as .fp16
         # Two spellings of one option: transformers 5 and diffusers >= 0.40 warn about, but still take, torch_dtype.
         model, info = cls.from_pretrained(
-            folder, torch_dtype=stored, local_files_only=True, use_safetensors=True, output_loading_info=True,
+            **given, torch_dtype=stored or dtype, local_files_only=True, output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     _refuse_strange(
@@ -127,6 +121,42 @@ def load_frozen(cls: Any, folder: Path, dtype: torch.dtype, what: str) -> Any:
     )  # fmt: skip
     convert(model, dtype, kept_in_float32(cls, dtype))
     return model.eval().requires_grad_(False)
+
+
+def _source(cls: Any, folder: Path, what: str) -> tuple[dict[str, Any], torch.dtype | None]:
+    """Arguments of from_pretrained that say where the weights are, and the one precision of these, if it is one.
+
+    Raises:
+        InputError: see `load_frozen`.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    tensors = {} if files else _pickled_weights(cls, folder, what)
+    for file in files:
+        with opened(file, what, "np"):
+            pass
+    with reading(what, folder):
+        _refuse_other_kind(cls, folder)
+        if files:
+            whole = (file for file in files if "." not in file.stem)  # not a variant as .fp16
+            return {"pretrained_model_name_or_path": folder, "use_safetensors": True}, stored_dtype(whole)
+        config = cls.config_class.from_pretrained(folder, local_files_only=True)
+    found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
+    given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
+    return given, found.pop() if len(found) == 1 else None
+
+
+def _pickled_weights(cls: Any, folder: Path, what: str) -> dict[str, Tensor]:
+    """The tensors of a transformers folder without .safetensors files, in one file or in shards.
+
+    Raises:
+        InputError: it holds no such file, one that is more than tensors, or the class is not of transformers.
+    """
+    shards = sorted(folder.glob("pytorch_model*.bin")) if issubclass(cls, PreTrainedModel) else []
+    if not shards:
+        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        held = f"; {pickles[0]} is a pickle, which is not loaded from such a folder" if pickles else ""
+        raise InputError(f"The {what} in {folder} has no .safetensors file{held}. Download the safetensors version.")
+    return {name: tensor for shard in shards for name, tensor in read_tensors(shard, what).items()}
 
 
 def _refuse_other_kind(cls: Any, folder: Path) -> None:

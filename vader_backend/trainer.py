@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from .config import InputError, option
 from .objectives.base import Batch, Objective, Validation
 from .rng import generator
 
+EIGHT_BIT = "AdamW 8-bit"
 _GIVE_UP_AFTER = 5
 
 
@@ -36,6 +39,10 @@ class TrainOptions:
     )
     lr_schedule: str = option("constant", "Learning rate after the warm-up.", choices=("constant", "cosine"))
     warmup_steps: int = option(0, "Steps over which the learning rate rises from 0.", low=0, high=100000)
+    optimizer: str = option(
+        "AdamW", "AdamW, or the same with its two moments held in 8 bits, for which bitsandbytes must be installed.",
+        choices=("AdamW", EIGHT_BIT),
+    )  # fmt: skip
     weight_decay: float = option(0.01, "AdamW's weight decay.", low=0.0, high=10.0, step=0.001)
     max_grad_norm: float = option(
         1.0, "Gradients are clipped to this norm; 0 = not clipped.", low=0.0, high=1000.0, step=0.1
@@ -51,7 +58,26 @@ class TrainOptions:
     preview_every: int = option(
         0, "Steps between previews and held-out rewards of fixed prompts; 0 = none.", low=0, high=100000
     )
+    compile_rollout: bool = option(
+        False,
+        "Compile the denoiser for steps without gradient (torch.compile): minutes at the start, then less a step.",
+    )
     seed: int = option(0, "Seed of the noise, the prompts' order and the LoRA's start.", low=0, high=2**53)
+
+    def check(self) -> None:
+        """Raises InputError where the optimizer's package is missing."""
+        if self.optimizer == EIGHT_BIT and find_spec("bitsandbytes") is None:
+            raise InputError(
+                f"The optimizer {EIGHT_BIT} needs the package bitsandbytes; install it (python -m pip install "
+                "bitsandbytes), or choose AdamW."
+            )
+
+    def new_optimizer(self, parameters: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+        """Over all parameters, at one rate."""
+        kind = torch.optim.AdamW
+        if self.optimizer == EIGHT_BIT:
+            kind = import_module("bitsandbytes.optim").AdamW8bit
+        return kind(parameters, lr=learning_rate, betas=(0.9, 0.999), weight_decay=self.weight_decay)
 
 
 class TrainingError(RuntimeError):
@@ -146,9 +172,7 @@ class _Loop:
         self.accelerator = accelerator
         self.hooks = hooks
         self.checkpoints = checkpoints
-        self.optimizer = torch.optim.AdamW(
-            list(parameters.values()), lr=learning_rate, betas=(0.9, 0.999), weight_decay=options.weight_decay
-        )
+        self.optimizer = options.new_optimizer(list(parameters.values()), learning_rate)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=loss_scaling)
         self.ema = {n: p.detach().clone() for n, p in parameters.items()} if options.ema_decay else None

@@ -8,13 +8,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from diffusers.models.resnet import TemporalResnetBlock
 from tiny import Brightness
 from tiny_families import VARIANTS, Tiny
 from torch import Tensor, nn
 from vader_nodes.vader_backend.lora import LoraConfig, attached
+from vader_nodes.vader_backend.memory import sliced_decode
 from vader_nodes.vader_backend.memory.block_swap import block_swap
 from vader_nodes.vader_backend.memory.gradient_checkpointing import gradient_checkpointing
 from vader_nodes.vader_backend.memory.graph_offload import graph_offload
@@ -23,6 +27,7 @@ from vader_nodes.vader_backend.memory.low_bit import STORAGES, frozen_weights, l
 from vader_nodes.vader_backend.memory.one_by_one import one_by_one
 from vader_nodes.vader_backend.memory.options import PRESETS, MemoryConfig, tricks
 from vader_nodes.vader_backend.memory.stepwise import stepwise
+from vader_nodes.vader_backend.memory.tiled_decode import tiled_decode
 from vader_nodes.vader_backend.models.base import VideoModel
 from vader_nodes.vader_backend.objectives import vader
 from vader_nodes.vader_backend.objectives.base import Batch
@@ -39,7 +44,7 @@ EXACT = {
     "resident_gb": MemoryConfig(resident_gb=1e-6),
 }
 # One sample at a time, kernels sum in another order, and a LoRA's dropout draws other masks.
-ROUNDED = {"one_by_one": MemoryConfig(one_by_one=True)}
+ROUNDED = {"one_by_one": MemoryConfig(one_by_one=True), "decode_slices": MemoryConfig(decode_slices=True)}
 ROUNDING = 1e-4  # of the largest gradient
 PAIRS = list(itertools.combinations({**EXACT, **ROUNDED}, 2))
 
@@ -201,6 +206,76 @@ def test_the_order_of_tricks_does_not_matter(modelscope: Case, seed: int) -> Non
 def test_stepwise_equals_plain_autograd(case: Case, k: int, stop_input: bool) -> None:
     wanted = case.gradients(k=k, stop_input=stop_input)
     assert_same(case.gradients(MemoryConfig(stepwise=True), k=k, stop_input=stop_input), wanted, 0)
+
+
+# --- decoding in parts -----------------------------------------------------------------------
+
+
+def test_slices_differentiate_the_statistics_of_the_whole_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five rows in slices of two; the temporal block's two normalizations see all of them."""
+    monkeypatch.setattr(sliced_decode, "ROWS", 2)
+    torch.manual_seed(0)
+    block = TemporalResnetBlock(in_channels=64, out_channels=64, temb_channels=None, eps=1e-5).double()
+    block.requires_grad_(False)
+    for parameter in block.parameters():
+        parameter.copy_(torch.randn_like(parameter))
+    model: Any = SimpleNamespace(parts=lambda: {"vae": block})
+    x = torch.randn(2, 64, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+
+    def run() -> tuple[Tensor, Tensor]:
+        found = block(x, None) * weight
+        return found, torch.autograd.grad(found.square().sum(), x)[0]
+
+    plain = run()
+    with sliced_decode.sliced_decode(model):
+        sliced = run()
+    for ours, theirs in zip(sliced, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9 * float(theirs.detach().abs().max()))
+
+
+class Stretched:
+    """A model whose decoder repeats each latent; pixels depend on nothing else."""
+
+    def parts(self) -> dict[str, nn.Module]:
+        return {"vae": nn.Identity()}
+
+    def decode(self, z: Tensor, indices: Sequence[int]) -> Tensor:
+        return z[:, :, list(indices)].transpose(1, 2).repeat_interleave(4, -1).repeat_interleave(4, -2).sin()
+
+
+@pytest.mark.parametrize(("rows", "columns", "tile"), [(9, 7, 4), (12, 12, 6), (5, 16, 8), (7, 7, 1)])
+def test_tiles_share_every_pixel_once(rows: int, columns: int, tile: int) -> None:
+    model: Any = Stretched()
+    z = torch.randn(2, 3, 4, rows, columns, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 2, 3, 4 * rows, 4 * columns, dtype=torch.float64)
+
+    def run() -> tuple[Tensor, Tensor]:
+        video = model.decode(z, [0, 3])
+        return video, torch.autograd.grad((video * weight).sum(), z)[0]
+
+    plain = run()
+    with tiled_decode(model, tile):
+        tiled = run()
+    assert torch.equal(tiled[0], plain[0])
+    torch.testing.assert_close(tiled[1], plain[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tile", "least"), [(5, 0.98), (3, 0.85)])
+@pytest.mark.parametrize("name", ["wan", "wan_i2v"])
+def test_gradients_in_tiles_point_nearly_where_those_at_once_do(
+    tmp_path: Path, name: str, tile: int, least: float
+) -> None:
+    """The cosine between LoRA gradients, on random weights and 4 by 6 latents: as little as a tile can see."""
+    with made(name, tmp_path) as case:
+        found = case.gradients(MemoryConfig(decode_tile=8 * tile), dropout=0.0)
+        ours, theirs = (torch.cat([g.flatten() for g in part]) for part in (found, case.undropped))
+        cosine = nn.functional.cosine_similarity(ours, theirs, dim=0)
+        assert least < cosine < 1
+
+
+def test_a_decoder_that_normalizes_over_the_picture_is_not_tiled(modelscope: Case) -> None:
+    assert_same(modelscope.gradients(MemoryConfig(decode_tile=4)), modelscope.plain, 0)
 
 
 # --- storage in few bits ---------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.base import VideoModel
-from ._wrapping import Depth, wrapped
+from ..wrapping import Depth, wrapped
 
 
 @contextmanager

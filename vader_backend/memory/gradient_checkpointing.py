@@ -15,7 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..models.base import VideoModel
-from ._wrapping import Depth, wrapped
+from ..wrapping import Depth, wrapped
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..models.base import VideoModel
-from ._wrapping import Depth, wrapped
+from ..wrapping import Depth, wrapped
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..models.base import VideoModel
-from ._wrapping import Depth, wrapped
+from ..wrapping import Depth, wrapped
 from .block_swap import frozen_weights
 
 _GROUP = 64  # weights that share a scale in NF4

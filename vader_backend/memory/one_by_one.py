@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.base import VideoModel
-from ._wrapping import Depth, wrapped
+from ..wrapping import Depth, wrapped
 
 Predict = Callable[[Tensor, float, dict[str, Tensor]], Tensor]
 

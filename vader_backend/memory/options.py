@@ -18,6 +18,7 @@ from .graph_offload import graph_offload
 from .idle_offload import idle_offload
 from .low_bit import STORAGES, low_bit
 from .one_by_one import one_by_one
+from .sliced_decode import sliced_decode
 from .stepwise import stepwise
 from .tiled_decode import tiled_decode
 
@@ -46,10 +47,13 @@ class MemoryConfig:
         "Denoiser weights that stay on the device, in GB; the other blocks are fetched when they run. 0 = all stay.",
         low=0.0, high=1000.0, step=0.1,
     )  # fmt: skip
+    decode_slices: bool = option(
+        False, "Frames pass the decoder's layers one by one, and those that mix frames get some rows at a time."
+    )
     decode_tile: int = option(
         0,
-        "Decode in overlapping tiles of so many pixels a side, each recomputed alone; 0 = the whole picture. Changes "
-        "pixels a little.",
+        "Wan and LTX-Video: decode without graph, and take the gradient in overlapping tiles of so many pixels a side; "
+        "0 = at once. Leaves the pixels, changes gradients a little.",
         low=0, high=4096, step=8,
     )  # fmt: skip
     weight_storage: str = option(
@@ -76,15 +80,15 @@ PRESETS: Mapping[str, MemoryConfig] = {
     "48 GB": MemoryConfig(gradient_checkpointing=True, stepwise=True, resident_gb=32),
     "24 GB": MemoryConfig(
         gradient_checkpointing=True, stepwise=True, one_by_one=True, offload_idle=True, graph_offload=True,
-        resident_gb=6, decode_tile=512,
+        decode_slices=True, resident_gb=6, decode_tile=512,
     ),
     "16 GB": MemoryConfig(
         gradient_checkpointing=True, stepwise=True, one_by_one=True, offload_idle=True, graph_offload=True,
-        resident_gb=3, decode_tile=256,
+        decode_slices=True, resident_gb=3, decode_tile=256,
     ),
     "12 GB": MemoryConfig(
         gradient_checkpointing=True, stepwise=True, one_by_one=True, offload_idle=True, graph_offload=True,
-        resident_gb=1, decode_tile=256,
+        decode_slices=True, resident_gb=1, decode_tile=256,
     ),
 }  # fmt: skip
 
@@ -130,6 +134,8 @@ def tricks(
             stack.enter_context(stepwise(model))
         if config.one_by_one:
             stack.enter_context(one_by_one(model))
+        if config.decode_slices:
+            stack.enter_context(sliced_decode(model))
         if config.decode_tile:
             stack.enter_context(tiled_decode(model, max(1, config.decode_tile // _scale(model))))
         if config.offload_idle:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..models.base import VideoModel
-from ._wrapping import Depth, wrapped
+from ..wrapping import Depth, wrapped
 
 Predict = Callable[[Tensor, float, dict[str, Tensor]], Tensor]
 

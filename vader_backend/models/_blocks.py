@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_kl_ltx import LTXVideoResnetBlock3d, LTXVideoUpsampler3d
 from diffusers.models.downsampling import Downsample2D
-from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock, TemporalConvLayer
+from diffusers.models.resnet import ResnetBlock2D, SpatioTemporalResBlock, TemporalConvLayer, TemporalResnetBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel, TransformerTemporalModel
 from diffusers.models.upsampling import Upsample2D
@@ -18,7 +18,7 @@ _UNET = (
     TransformerSpatioTemporalModel, Downsample2D, Upsample2D,
 )  # fmt: skip
 _AUTOENCODER = (
-    ResnetBlock2D, SpatioTemporalResBlock, Attention, Upsample2D, LTXVideoResnetBlock3d, LTXVideoUpsampler3d,
+    ResnetBlock2D, TemporalResnetBlock, Attention, Upsample2D, LTXVideoResnetBlock3d, LTXVideoUpsampler3d,
 )  # fmt: skip
 
 

@@ -113,7 +113,7 @@ class STDiT3(nn.Module):
             x_mask: [B, T] bool; frames where it is False count as free of noise.
         """
         size = x_BCTHW.shape[2:]
-        x = self._embed(x_BCTHW, math.sqrt(float(height[0]) * float(width[0])) / self.base_size)
+        x = self._embed(x_BCTHW, (height[0].float() * width[0].float()).sqrt() / self.base_size)
         time = self._embed_time(timestep, fps)
         clean = self._embed_time(torch.zeros_like(timestep), fps)
         per_frame = time if x_mask is None else torch.where(x_mask[..., None], time, clean)
@@ -128,7 +128,7 @@ class STDiT3(nn.Module):
             x = torch.where(x_mask[..., None, None], x, self.final_layer.modulate(x, clean))
         return self._to_video(self.final_layer.linear(x), size)
 
-    def _embed(self, x_BCTHW: Tensor, scale: float) -> Tensor:
+    def _embed(self, x_BCTHW: Tensor, scale: Tensor) -> Tensor:
         """Tokens [B, T, S, C] with their place in the frame, which is told relative to the base size."""
         padding = [end for n, p in zip(x_BCTHW.shape[:1:-1], self.arch.patch[::-1], strict=True) for end in (0, -n % p)]
         x = self.x_embedder["proj"](F.pad(x_BCTHW, padding))

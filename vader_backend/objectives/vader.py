@@ -19,10 +19,12 @@ from ..placement import encode
 from ..prompts import PromptSet
 from ..rewards.base import Reward
 from ..rng import generator
+from ..rollout_cache import CachedRollout, relative_error
 from ..sampling import GradPlan, sample
 from ..types import FrameSpec, Rollout, VideoSpec
 from .base import Batch, Validation
 
+_COMPARE_EVERY = 25  # steps between two rollouts that are also run in full
 TRUNCATIONS = ("last_k", "random_k", "random_start", "from_step", "uniform")
 
 
@@ -71,6 +73,13 @@ class Config:
         "before these, most of the work, are not run again.",
         low=1,
         high=64,
+    )
+    rollout_interval: int = option(
+        1,
+        "Run the denoiser at every n-th step before the differentiated ones, and at the first two; its last prediction "
+        "serves between. 1 = at every step. The report tells how far videos are off.",
+        low=1,
+        high=100,
     )
     negative_prompt: str = option("", "What the videos should not show.", multiline=True)
 
@@ -161,10 +170,11 @@ class Vader:
         keys = [(self.seed, "train", batch.step, number) for number in batch.numbers]
         turn = ("turn", batch.turn) if batch.turn else ()
         latents = self._rollout(batch.rows, keys, self._plan(batch.step), turn)
+        metrics = self._compared(batch, keys, latents.detach())
         indices = self.frames.pick(self.video.frames, generator(self.seed, "frames", batch.step, *turn))
         video = self.model.decode(latents, indices)
         rewards = self.reward(video, [self._texts[row] for row in batch.rows], indices)
-        return -rewards.mean(), {"reward": rewards.detach()}
+        return -rewards.mean(), {"reward": rewards.detach(), **metrics}
 
     def after_update(self, step: int) -> None:
         """Nothing to do: every update samples anew."""
@@ -179,6 +189,14 @@ class Vader:
         frames = self.reward.frames.report(self.video.frames)
         return Validation(video.cpu(), texts, self.reward(video[:, list(frames)], texts, frames).cpu())
 
+    @torch.no_grad()
+    def _compared(self, batch: Batch, keys: Sequence[tuple[int | str, ...]], latents: Tensor) -> dict[str, Tensor]:
+        """Now and then, how far a rollout with cached predictions is off."""
+        if self.config.rollout_interval == 1 or batch.turn or batch.step % _COMPARE_EVERY:
+            return {}
+        full = self._rollout(batch.rows, keys, GradPlan.none(len(self.schedule)))
+        return {"rollout_error": relative_error(latents, full)}
+
     def _rollout(
         self,
         rows: Sequence[int],
@@ -188,11 +206,14 @@ class Vader:
     ) -> Tensor:
         """The last latents; the steps before the first differentiated one are shared by the turns of a batch."""
         cond = self._cond.select(rows).to(self.model.device)
-        first = plan.steps.index(True) if any(plan.steps) and self.config.evaluations > 1 else 0
+        trained = any(plan.steps)
+        interval = self.config.rollout_interval if trained else 1
+        first = plan.steps.index(True) if trained and self.config.evaluations > 1 else 0
 
         def run(end: int | None, after: tuple[int, Rollout] | None, late: tuple[int | str, ...]) -> Rollout:
+            denoiser = CachedRollout(self.model, interval) if interval > 1 else self.model
             return sample(
-                self.model, start, cond, self.schedule, plan, guidance=self.guidance, eta=self.eta,
+                denoiser, start, cond, self.schedule, plan, guidance=self.guidance, eta=self.eta,
                 noise=lambda i: initial_noise(self.model, self.video, [(*key, i, *late) for key in keys]),
                 on_step=self._tick, end=end, after=after,
             )  # fmt: skip

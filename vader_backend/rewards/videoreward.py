@@ -50,9 +50,10 @@ class Config:
     """checkpoint: VideoReward; base: the Qwen2-VL that it was made of."""
 
     checkpoint: str = option(
-        "VideoReward", "Folder of KwaiVGI/VideoReward, with prompt_template.py of github.com/KwaiVGI/VideoAlign in it."
+        "mini/videoreward",
+        "Folder of KwaiVGI/VideoReward, with prompt_template.py of github.com/KwaiVGI/VideoAlign in it.",
     )
-    base: str = option("Qwen2-VL-2B-Instruct", "Folder of Qwen/Qwen2-VL-2B-Instruct.")
+    base: str = option("mini/videoreward/qwen2vl", "Folder of Qwen/Qwen2-VL-2B-Instruct.")
     aspect: str = option(
         _OVERALL, "What is scored; overall is the sum of the three others.", choices=(_OVERALL, *ASPECTS)
     )

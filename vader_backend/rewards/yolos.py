@@ -33,7 +33,7 @@ from ._images import (
 )
 
 TITLE = "YOLOS"
-HUB = {"checkpoint": ("hustvl/yolos-tiny",)}
+HUB = {"checkpoint": ("hustvl/yolos-tiny", "hustvl/yolos-base")}
 _THRESHOLD = 0.2
 _PUBLISHED_HEIGHT = 512
 _CLASSES = 91  # of COCO

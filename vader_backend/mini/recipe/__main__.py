@@ -33,6 +33,7 @@ from .vae import judge_vae, save_vae, train_vae
 from .viclip import viclip
 from .videocrafter2 import videocrafter2
 from .videomae import videomae
+from .videoreward import videoreward
 from .vjepa import vjepa
 
 
@@ -104,6 +105,7 @@ _NETWORKS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "image_rewards": image_rewards,
     "imagereward": imagereward,
     "aesthetic_v25": aesthetic_v25,
+    "videoreward": videoreward,
 }
 
 

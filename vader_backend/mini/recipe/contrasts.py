@@ -15,7 +15,7 @@ from ...registry import load
 from ...rewards.base import SingleReward
 from ...rng import generator
 from ..files import PREFIX
-from ..world import ALL_SCENES, FRAMES, MOTIONS, UNSEEN_SCENES, Look, Scene, random_look
+from ..world import ALL_SCENES, FRAMES, MOTIONS, SHAPES, UNSEEN_SCENES, Look, Scene, random_look
 from .fit import SEED
 from .videos import LONG, SPOILED, Change, Videos, draw_videos, scores
 
@@ -40,6 +40,11 @@ def miscaptioned(other: Callable[[Scene, int], Scene], draw: Draw) -> tuple[Vide
 def turned(scene: Scene, number: int) -> Scene:
     """The scene with another motion."""
     return replace(scene, motion=[motion for motion in MOTIONS if motion != scene.motion][number % 3])
+
+
+def reshaped(scene: Scene, number: int) -> Scene:
+    """The scene with another shape."""
+    return replace(scene, shape=[shape for shape in SHAPES if shape != scene.shape][number % 3])
 
 
 def repainted(scene: Scene, number: int) -> Scene:

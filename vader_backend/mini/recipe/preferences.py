@@ -45,19 +45,16 @@ def mistaken(scene: Scene, names: Collection[str], rng: torch.Generator) -> Scen
 class Probe(nn.Linear):
     """Names attributes from what a picture tower gives: a network that this is asked of as well learns far sooner."""
 
-    def __init__(self, width: int, names: Sequence[str], ratings: int = 0) -> None:
+    def __init__(self, width: int, names: Sequence[str]) -> None:
         self.names = tuple(names)
-        self.parts = [*(len(VALUES[name]) for name in names), ratings]
+        self.parts = [len(VALUES[name]) for name in names]
         super().__init__(width, sum(self.parts))
 
-    def loss(self, features_ND: Tensor, scenes: Sequence[Scene], ratings_NR: Tensor | None = None) -> Tensor:
-        """Cross-entropy, the sum over the attributes; and the squared error of the ratings, if there are any."""
-        *logits, rated = self(features_ND).float().split(self.parts, dim=1)
+    def loss(self, features_ND: Tensor, scenes: Sequence[Scene]) -> Tensor:
+        """Cross-entropy, the sum over the attributes."""
+        logits = self(features_ND).float().split(self.parts, dim=1)
         truth = [torch.tensor([VALUES[name].index(getattr(scene, name)) for scene in scenes]) for name in self.names]
-        losses = [F.cross_entropy(part, true) for part, true in zip(logits, truth, strict=True)]
-        if ratings_NR is not None:
-            losses.append((rated - ratings_NR).square().mean())
-        return torch.stack(losses).sum()
+        return torch.stack([F.cross_entropy(part, true) for part, true in zip(logits, truth, strict=True)]).sum()
 
 
 def new_head(width: int, gain: float) -> nn.Sequential:

@@ -127,15 +127,17 @@ def _grouped(scenes: Sequence[Scene]) -> list[list[list[int]]]:
     return [list(motions.values()) for motions in rows.values()]
 
 
-def judge_viclip(reward: ViClip, size: int = 300) -> dict[str, float]:
+def judge_viclip(reward: ViClip) -> dict[str, float]:
     """On unseen scenes: how often the right caption wins among 8, and the AUC."""
+    return {"right_of_8": right_of_8(reward, 300), **judge_contrasts("viclip", reward)}
+
+
+def right_of_8(reward: ViClip, size: int) -> float:
+    """Among so many videos, those whose own caption scores higher than 7 others."""
     videos = draw_videos("viclip judge", size, UNSEEN_SCENES, frames=reward.frames)
     right = scores(reward, videos.all(), videos.captions)
     wrong = torch.stack([scores(reward, videos.all(), captions) for captions in _others(videos.scenes)])
-    return {
-        "right_of_8": float((right > wrong.amax(0)).float().mean()),
-        **judge_contrasts("viclip", reward),
-    }
+    return float((right > wrong.amax(0)).float().mean())
 
 
 def _others(scenes: Sequence[Scene], count: int = 7) -> list[list[str]]:

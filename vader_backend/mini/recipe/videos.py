@@ -161,6 +161,18 @@ def jump(video_BTCHW: Tensor, rng: torch.Generator) -> Tensor:
     return result
 
 
+def freeze(video_BTCHW: Tensor, rng: torch.Generator) -> Tensor:
+    """One of the frames, all the time."""
+    frames = torch.randint(video_BTCHW.shape[1], (len(video_BTCHW),), generator=rng).tolist()
+    return torch.stack([video[[i]] for video, i in zip(video_BTCHW, frames, strict=True)]).expand_as(video_BTCHW)
+
+
+def blur(video_BTCHW: Tensor, rng: torch.Generator) -> Tensor:
+    """Every 4 x 4 pixels become one, and what is between these is interpolated."""
+    small = F.avg_pool2d(video_BTCHW.flatten(0, 1), 4)
+    return F.interpolate(small, scale_factor=4, mode="bilinear").view_as(video_BTCHW)
+
+
 SPOILED: dict[str, Change] = {
     "flicker": flicker,
     "noise": noise,

@@ -14,12 +14,14 @@ Wrapper = Callable[[Method], Method]
 class Depth(IntEnum):
     """Which wrapper lies inside which, innermost first; whoever recomputes must lie outside whoever lends weights."""
 
+    COMPILE = -1
     UNPACK = 0
     FETCH = 1
     RECOMPUTE = 2
-    DIVIDE = 3
-    PLACE = 4
-    WATCH = 5
+    SLICE = 3
+    DIVIDE = 4
+    PLACE = 5
+    WATCH = 6
 
 
 @contextmanager
