@@ -53,7 +53,7 @@ def main() -> None:
             found["rounds"].append(_timed(model, reward, GRIDS["embedded"]))
             _keep(found)
     if options.only in (None, "full size"):
-        made = cache(lambda: memory_ladder._made(SUBJECT))
+        made = cache(lambda: memory_ladder.made(SUBJECT))
         _memory(found, "full size", lambda *asked: estimate(*made(), *asked))
     _keep(found)
     write_text(RESULTS / f"{NAME}.md", page(found))

@@ -104,7 +104,7 @@ def main() -> None:
             found = known["rows"].setdefault(name, {}).setdefault(rung, {})
             if "estimated" not in found:
                 print(name, rung, flush=True)
-                model, reward = _made(subject)
+                model, reward = made(subject)
                 found["estimated"] = _told(estimate(model, reward, Settings(config, video=subject.video), memory))
             if options.measure and "measured" not in found:
                 found["measured"] = _told(_measured(subject, config, memory))
@@ -114,7 +114,8 @@ def main() -> None:
     picture(known["rows"], RESULTS / "memory_ladder.png")
 
 
-def _made(subject: Subject) -> tuple[VideoModel, Reward]:
+def made(subject: Subject) -> tuple[VideoModel, Reward]:
+    """Model and reward at full size, without weights."""
     family = registry.load("models", subject.family)
     rewards = []
     for name in subject.rewards:
@@ -127,7 +128,7 @@ def _made(subject: Subject) -> tuple[VideoModel, Reward]:
 
 def _measured(subject: Subject, config: Config, memory: MemoryConfig) -> Estimate:
     """The row on this machine's CUDA device, with small random weights."""
-    model, reward = _made(subject)
+    model, reward = made(subject)
     for network in (*model.parts().values(), *reward.networks()):
         network.to_empty(device="cpu")
         for tensor in (*network.parameters(), *network.buffers()):

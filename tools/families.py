@@ -44,7 +44,14 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "modelscope": Family(),
-    "videocrafter2": Family(settings=("VaderTrainLoRA.k=8",)),
+    "videocrafter2": Family(
+        settings=(
+            "VaderTrainLoRA.steps=220",
+            "VaderTrainLoRA.k=10",
+            "VaderTrainLoRA.rank=32",
+            "VaderTrainLoRA.reward_frames=all",
+        )
+    ),
     "opensora": Family(
         settings=(
             "VaderTrainLoRA.steps=170",
@@ -53,7 +60,20 @@ FAMILIES: dict[str, Family] = {
             "Training Reward.weight_2=15",
         )
     ),
-    "svd": Family(prompts={"source": "mini"}),
+    "svd": Family(
+        settings=(
+            "VaderTrainLoRA.steps=180",
+            "VaderTrainLoRA.learning_rate=0.004",
+            "VaderTrainLoRA.rank=32",
+            "VaderTrainLoRA.sampling_steps=5",
+            "VaderTrainLoRA.k=3",
+            "VaderTrainLoRA.reward_frames=all",
+            "Training Reward.weight_2=2",
+            "Base Sample.steps=5",
+            "Aligned Sample.steps=5",
+        ),
+        prompts={"source": "mini"},
+    ),
 }
 
 

@@ -23,8 +23,9 @@ def idle_offload(
 ) -> Iterator[None]:
     """For the duration, a prediction sends them to `host`, and a decode brings them to `device`.
 
-    The rewards come after the decode and before they are asked; a step that is recomputed in the backward pass runs
-    when rewards and decoder have had theirs, so that they leave then, too. Everything lies on `device` at the end.
+    The rewards come after the decode and before they are asked, and leave when the video has its gradient; a step that
+    is recomputed in the backward pass runs when the decoder has had its own, which leaves then, too. Everything lies on
+    `device` at the end.
     """
     vae = model.parts()["vae"]
 
@@ -42,6 +43,8 @@ def idle_offload(
             _move([vae], device)
             video = decode(*args, **kwargs)
             _move(rewards, device)
+            if video.requires_grad:
+                video.register_hook(lambda gradient: _move(rewards, host))
             return video
 
         return wrapper
