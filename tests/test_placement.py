@@ -73,8 +73,9 @@ class Model:
     def predict(self) -> None:
         self.moves.append(("predict", ""))
 
-    def decode(self) -> None:
+    def decode(self) -> Tensor:
         self.moves.append(("decode", ""))
+        return torch.ones(1, requires_grad=True).exp()
 
 
 @pytest.fixture
@@ -180,14 +181,16 @@ def test_autoencoder_and_rewards_wait_in_main_memory_while_videos_are_denoised(m
     with idle_offload(model, [reward], THERE):  # type: ignore[arg-type]
         for _ in range(2):
             model.predict()
-        model.decode()
+        video = model.decode()
         model.moves.append(("score", ""))
+        video.register_hook(lambda gradient: model.moves.append(("backward", "")))
+        video.sum().backward()
         model.predict()  # a step that is recomputed in the backward pass
     rest, back = [("vae", "cpu"), ("reward", "cpu")], [("vae", "cuda"), ("reward", "cuda")]
     assert model.moves == [
         *rest, ("predict", ""), ("predict", ""),
         ("vae", "cuda"), ("decode", ""), ("reward", "cuda"), ("score", ""),
-        *rest, ("predict", ""), *back,
+        ("reward", "cpu"), ("backward", ""), ("vae", "cpu"), ("predict", ""), *back,
     ]  # fmt: skip
     model.moves.clear()
     model.predict()

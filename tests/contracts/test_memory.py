@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from vader_nodes.vader_backend.lora import LoraConfig, attached
 from vader_nodes.vader_backend.memory import sliced_decode
 from vader_nodes.vader_backend.memory.block_swap import block_swap
 from vader_nodes.vader_backend.memory.gradient_checkpointing import gradient_checkpointing
-from vader_nodes.vader_backend.memory.graph_offload import graph_offload
+from vader_nodes.vader_backend.memory.graph_offload import _Shelf, graph_offload
 from vader_nodes.vader_backend.memory.idle_offload import idle_offload
 from vader_nodes.vader_backend.memory.low_bit import STORAGES, frozen_weights, low_bit
 from vader_nodes.vader_backend.memory.one_by_one import one_by_one
@@ -206,6 +207,13 @@ def test_the_order_of_tricks_does_not_matter(modelscope: Case, seed: int) -> Non
 def test_stepwise_equals_plain_autograd(case: Case, k: int, stop_input: bool) -> None:
     wanted = case.gradients(k=k, stop_input=stop_input)
     assert_same(case.gradients(MemoryConfig(stepwise=True), k=k, stop_input=stop_input), wanted, 0)
+
+
+def test_what_comes_to_the_address_of_a_moved_weight_is_not_taken_for_it() -> None:
+    tensor, gone = torch.ones(4), torch.ones(4).untyped_storage()
+    for storage, stays in ((tensor.untyped_storage(), True), (gone, False)):
+        shelf = _Shelf(HOST, 0, {tensor.untyped_storage()._cdata: weakref.ref(storage)})
+        assert (shelf.put(tensor) is tensor) == stays
 
 
 # --- decoding in parts -----------------------------------------------------------------------

@@ -20,6 +20,8 @@ from .tracker import tensors_of
 
 SMALLEST = 2**20  # bytes
 
+Storages = dict[int, "weakref.ref[torch.UntypedStorage]"]  # by their address
+
 
 @contextmanager
 def graph_offload(
@@ -32,7 +34,8 @@ def graph_offload(
     Args:
         smallest: bytes below which a tensor stays; None: SMALLEST.
     """
-    weights = {tensor.untyped_storage()._cdata for tensor in tensors_of(model.parts().values())}
+    storages = [tensor.untyped_storage() for tensor in tensors_of(model.parts().values())]
+    weights = {storage._cdata: weakref.ref(storage) for storage in storages}
     shelf = _Shelf(torch.device(host), SMALLEST if smallest is None else smallest, weights)
     with saved_tensors_hooks(shelf.put, shelf.take):
         yield
@@ -59,7 +62,7 @@ class _View(NamedTuple):
 
 
 class _Shelf:
-    def __init__(self, host: torch.device, smallest: int, weights: set[int]) -> None:
+    def __init__(self, host: torch.device, smallest: int, weights: Storages) -> None:
         self.host = host
         self.smallest = smallest
         self.weights = weights
@@ -69,13 +72,18 @@ class _Shelf:
 
     def put(self, tensor: Tensor) -> Any:
         key = tensor.untyped_storage()._cdata
-        if tensor.device == self.host or tensor.nbytes < self.smallest or key in self.weights:
+        if tensor.device == self.host or tensor.nbytes < self.smallest or self._is_weight(tensor, key):
             return tensor
         stored = self.known.get((key, tensor.dtype))
         if stored is None or stored.source() is not tensor.untyped_storage():
             stored = self._store(tensor)
             self.known[key, tensor.dtype] = stored
         return _View(stored, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def _is_weight(self, tensor: Tensor, key: int) -> bool:
+        """A weight that was moved away leaves its key to whatever comes next."""
+        found = self.weights.get(key)
+        return found is not None and found() is tensor.untyped_storage()
 
     def _store(self, tensor: Tensor) -> _Stored:
         whole = tensor.detach().as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
