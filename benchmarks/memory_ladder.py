@@ -12,7 +12,7 @@ import argparse
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ PAPER = (("LoRA + mixed precision", 276.3), ("+ one frame", 228.9), ("+ K = 1", 
 class Subject:
     """A published model at the size that it is trained at here, and the rewards.
 
-    bar: GB that the preset of the last row must keep to.
+    bar: GB that the preset of the last row must keep to, where one is set.
+    settings: the rewards' own, beside their defaults.
     """
 
     family: str
@@ -45,9 +46,10 @@ class Subject:
     dtype: str
     video: VideoConfig
     rewards: tuple[str, ...]
-    bar: int
+    bar: int | None
     preset: str
     whole_ladder: bool = False
+    settings: Mapping[str, object] = field(default_factory=dict)
 
 
 _HPS = ("hps",)
@@ -63,6 +65,10 @@ SUBJECTS = {
     ),
     "SVD, 1024x576x14": Subject(
         "svd", "Stable Video Diffusion, 14 frames", "float16", VideoConfig(14, 576, 1024), _HPS, 16, "16 GB"
+    ),
+    "SVD with V-JEPA, 1024x576x14": Subject(
+        "svd", "Stable Video Diffusion, 14 frames", "float16", VideoConfig(14, 576, 1024), ("vjepa",), None, "16 GB",
+        settings={"frames": 14},
     ),
     "Wan 2.1 1.3B, 832x480x81": Subject(
         "wan", "Wan 2.1 T2V 1.3B", "bfloat16", VideoConfig(81, 480, 832), _HPS, 16, "16 GB"
@@ -110,8 +116,9 @@ def main() -> None:
                 found["measured"] = _told(_measured(subject, config, memory))
             known["versions"] = {"torch": torch.__version__, "machine": platform.machine()}
             write_text(path, json.dumps(known, indent=1) + "\n")
-    write_text(RESULTS / "memory_ladder.md", page(known["rows"]))
-    picture(known["rows"], RESULTS / "memory_ladder.png")
+    found = {name: known["rows"][name] for name in SUBJECTS if name in known["rows"]}
+    write_text(RESULTS / "memory_ladder.md", page(found))
+    picture(found, RESULTS / "memory_ladder.png")
 
 
 def made(subject: Subject) -> tuple[VideoModel, Reward]:
@@ -120,8 +127,8 @@ def made(subject: Subject) -> tuple[VideoModel, Reward]:
     rewards = []
     for name in subject.rewards:
         module = registry.load("rewards", name)
-        fields = module.Config.__dataclass_fields__
-        rewards.append(module.full_size(module.Config(**({"dtype": "bfloat16"} if "dtype" in fields else {}))))
+        dtype = {"dtype": "bfloat16"} if "dtype" in module.Config.__dataclass_fields__ else {}
+        rewards.append(module.full_size(module.Config(**dtype, **subject.settings)))
     reward = rewards[0] if len(rewards) == 1 else Combined(rewards, [1.0] * len(rewards))
     return family.full_size(subject.checkpoint, family.Config(dtype=subject.dtype)), reward
 
@@ -149,8 +156,9 @@ def page(rows: Mapping[str, Any]) -> str:
         "# Memory of one VADER step at full size", "",
         "GB (10^9 bytes). device: the peak of live tensors on the accelerator, predicted by running the real step on "
         "tensors without content; main memory: offloaded graph and networks that wait there. Batch 1, guidance on, "
-        "K = 1 and one frame unless the row says otherwise. The paper's Table 7 counts device and main memory as one; "
-        "main memory holds the networks before they are placed. A row that is not measured on a GPU is a prediction.",
+        "K = 1 and one frame unless the row says otherwise; V-JEPA (ViT-L) sees all frames. The paper's Table 7 counts "
+        "device and main memory as one; main memory holds the networks before they are placed. A row that is not "
+        "measured on a GPU is a prediction.",
         "",
         "| model | row | device | main memory | bar | paper, in all | measured on a GPU |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -158,7 +166,7 @@ def page(rows: Mapping[str, Any]) -> str:
     for name, rungs in rows.items():
         for rung, found in rungs.items():
             told = found["estimated"]
-            bar = f"{SUBJECTS[name].bar}" if rung.startswith("preset") else ""
+            bar = f"{SUBJECTS[name].bar or ''}" if rung.startswith("preset") else ""
             paper = dict(PAPER).get(rung, "") if name.startswith("ModelScope") else ""
             measured = f"{found['measured']['peak'] / 1e9:.1f}" if "measured" in found else ""
             figures = [f"{told['peak'] / 1e9:.1f}", f"{told['host'] / 1e9:.1f}", bar, str(paper), measured]
@@ -173,7 +181,8 @@ def picture(rows: Mapping[str, Any], path: Path) -> None:
         peaks = [found["estimated"]["peak"] / 1e9 for found in rungs.values()]
         bars = axis.bar(range(len(peaks)), peaks, color="#4878a8")
         axis.bar_label(bars, [f"{peak:.1f}" for peak in peaks])
-        axis.axhline(SUBJECTS[name].bar, color="#c44", linestyle="--", linewidth=1)
+        if (limit := SUBJECTS[name].bar) is not None:
+            axis.axhline(limit, color="#c44", linestyle="--", linewidth=1)
         axis.set_xticks(range(len(peaks)), list(rungs), rotation=40, ha="right", fontsize=8)
         axis.set_yscale("log")
         axis.set_title(name, fontsize=9)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from ..vader_backend import registry
 from ..vader_backend.align import Settings
-from ..vader_backend.config import InputError, option
-from ..vader_backend.estimate import ALLOWANCE, PHASES, Estimate, estimate
+from ..vader_backend.config import InputError
+from ..vader_backend.estimate import ALLOWANCE, PHASES, PREVIEW, Estimate, estimate
 from ..vader_backend.generate import VideoConfig
 from ..vader_backend.lora import LoraConfig
 from ..vader_backend.memory.options import PRESETS, MemoryConfig
@@ -18,7 +17,8 @@ from ..vader_backend.mini.files import PREFIX
 from ..vader_backend.models.base import VideoModel
 from ..vader_backend.objectives.vader import Config
 from ..vader_backend.rewards.base import Reward
-from . import graph, host, schema
+from ..vader_backend.trainer import TrainOptions
+from . import device, graph, host, schema
 from .load import VaderLoadVideoModel
 from .memory import automatic
 from .rewards import RewardNode
@@ -27,13 +27,8 @@ from .workflow import Node, is_link
 
 GIVEN = "as connected"
 CARDS = (12, 16, 24, 48, 80)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What a step's memory depends on beside the objective."""
-
-    batch_size: int = option(1, "Videos per forward and process.", low=1, high=256)
+_TRAINING = ("batch_size", "optimizer", "ema_decay", "preview_every")  # of TrainOptions: what memory depends on
+_PLAIN = ("batch_size", "k", "truncation")
 
 
 class VaderEstimateMemory:
@@ -55,9 +50,11 @@ class VaderEstimateMemory:
             "model": schema.link("VADER_MODEL", "The model to align."),
             "reward": schema.link("VADER_REWARD", "What would be maximised."),
         }
+        training = schema.inputs(TrainOptions, plain=_PLAIN)
         optional = {
             "memory": schema.link("VADER_MEMORY", "Settings to estimate beside the presets."),
-            **schema.inputs(Batch, Config, LoraConfig, VideoConfig, plain=("batch_size", "k", "truncation")),
+            **{name: training[name] for name in _TRAINING},
+            **schema.inputs(Config, LoraConfig, VideoConfig, plain=_PLAIN),
         }
         return {"required": required, "optional": optional, "hidden": {"unique_id": "UNIQUE_ID"}}
 
@@ -70,7 +67,7 @@ class VaderEstimateMemory:
         **values: Any,
     ) -> dict[str, Any]:
         settings = settings_of(values)
-        with host.training_mode(), host.progress("Estimating", unique_id) as show:
+        with device.training_mode(), host.progress("Estimating", unique_id) as show:
             report = table(model, reward, settings, memory, show)
         return {"ui": {"text": [report]}, "result": (report,)}
 
@@ -91,8 +88,10 @@ def table(
     show(len(rows), len(rows), "")
     video = settings.video.resolve(model)
     head = f"{model.name}, {video.width}x{video.height}, {video.frames} frames: GB on the device, one training step"
-    columns = ["preset", "peak", *PHASES, "main memory", "card"]
-    lines = [columns, *(_row(name, one) for name, one in found.items())]
+    previewed = any(PREVIEW in one.phases for one in found.values())
+    phases = [*PHASES, PREVIEW] if previewed else PHASES
+    columns = ["preset", "peak", *phases, "main memory", "card"]
+    lines = [columns, *(_row(name, one, phases) for name, one in found.items())]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     notes = [f"{name}: {config.chosen()}" for name, config in rows.items()]
@@ -100,9 +99,9 @@ def table(
     return "\n".join([head, *text, "", *notes, end])
 
 
-def _row(name: str, found: Estimate) -> list[str]:
+def _row(name: str, found: Estimate, phases: Sequence[str]) -> list[str]:
     card = next((f"{size} GB" for size in CARDS if found.fits(size)), "none")
-    parts = [found.peak, *(found.phases.get(phase, 0) for phase in PHASES), found.host]
+    parts = [found.peak, *(found.phases.get(phase, 0) for phase in phases), found.host]
     return [name, *(f"{size / 1e9:.2f}" for size in parts), card]
 
 

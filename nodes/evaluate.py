@@ -11,7 +11,7 @@ from torch import Tensor
 from ..vader_backend.evaluation.score import comparison_table, score_videos
 from ..vader_backend.prompts import PromptSet
 from ..vader_backend.rewards.base import Reward
-from . import host, schema
+from . import device, host, schema
 from .images import to_videos
 
 
@@ -46,7 +46,7 @@ class VaderScoreVideo:
         texts = prompts.texts
         videos = [to_videos(images, len(texts))]
         videos += [] if baseline is None else [to_videos(baseline, len(texts), "baseline")]
-        with host.workspace(reward.networks()), host.progress("Scoring", unique_id) as show:
+        with device.workspace(reward.networks()), host.progress("Scoring", unique_id) as show:
             scores, *rest = (score_videos(reward, part, texts, on_batch=show) for part in videos)
         base = rest[0] if rest else None
         split = len(prompts.train)

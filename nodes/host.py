@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..vader_backend.config import InputError, suggest
 from ..vader_backend.runs import check_name, is_plain
@@ -228,29 +228,6 @@ def register(routes: Mapping[str, Callable[[], Any]]) -> None:
 def is_main() -> bool:
     """Whether this process prints and writes; under `accelerate launch` that is rank 0."""
     return os.environ.get("RANK", "0") == "0"
-
-
-@contextmanager
-def training_mode() -> Iterator[None]:
-    """Leave ComfyUI's inference mode: what is built or cloned inside may take part in a backward pass."""
-    with torch.inference_mode(False):
-        yield
-
-
-@contextmanager
-def workspace(networks: Iterable[nn.Module]) -> Iterator[None]:
-    """Outside inference mode, with these networks on the device; they lie on the CPU again at the end."""
-    host, networks = current(), list(networks)
-    with training_mode():
-        host.make_room()
-        try:
-            for network in networks:
-                network.to(host.device())
-            yield
-        finally:
-            for network in networks:
-                network.to("cpu")
-            host.release()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..vader_backend import hub, registry
 from ..vader_backend.models.base import VideoModel
-from . import host, schema
+from . import device, host, schema
 from .sources import AUTO, PARTS, checkpoints, configured, family, locate, part, parts
 
 
@@ -57,7 +57,7 @@ class VaderLoadVideoModel:
         path = download(hub_id, unique_id) if hub_id else locate(checkpoint)
         module = family(path)
         config = configured(module, path, values)
-        with host.training_mode():
+        with device.training_mode():
             return (module.build(config),)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..vader_backend.models.base import VideoModel
 from ..vader_backend.prompts import Config, PromptSet, build
 from ..vader_backend.prompts import images as image_prompts
-from . import host, schema
+from . import device, host, schema
 
 _log = logging.getLogger("vader_nodes")
 
@@ -95,7 +95,7 @@ class VaderImagePrompts:
         return hashlib.sha256(repr([(str(path), path.stat().st_mtime_ns) for path in files]).encode()).hexdigest()
 
     def read(self, images: Tensor | None = None, **values: Any) -> tuple[PromptSet, str]:
-        with host.training_mode():
+        with device.training_mode():
             connected = () if images is None else images[..., :3].float().clone().permute(0, 3, 1, 2).unbind()
             prompts = image_prompts.build(schema.read(image_prompts.Config, values), host.input_folder, connected)
         return prompts, "\n".join(prompts.texts)

@@ -15,7 +15,7 @@ from ..vader_backend.evaluation.score import score_videos
 from ..vader_backend.prompts import PromptSet
 from ..vader_backend.rewards.base import Combined, Reward
 from ..vader_backend.runs import check_name
-from . import host, schema
+from . import device, host, schema
 from .images import to_videos
 
 _PREFIX = "scores/vader"
@@ -82,7 +82,7 @@ class VaderRewardTable:
         given = list(prompts.texts) if prompts else [line.strip() for line in layout.text.splitlines() if line.strip()]
         videos, texts = divided(images, given, layout.frames)
         judge = Combined([reward], [1.0]) if isinstance(reward, Combined) else reward  # the sum is a column, too
-        with host.workspace(reward.networks()), host.progress("Scoring", unique_id) as show:
+        with device.workspace(reward.networks()), host.progress("Scoring", unique_id) as show:
             scores = score_videos(judge, videos, texts, on_batch=show)
         text = table(scores, texts)
         report = json.dumps(record(scores, texts, reward.description), indent=2, allow_nan=False)

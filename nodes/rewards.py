@@ -15,7 +15,7 @@ from ..vader_backend import registry
 from ..vader_backend.config import InputError, option
 from ..vader_backend.mini.files import PREFIX, weights
 from ..vader_backend.rewards.base import Combined, Reward, Towards
-from . import host, schema
+from . import device, host, schema
 from .load import download
 
 _HUB = "hub: "
@@ -40,7 +40,7 @@ class RewardNode:
 
     def make(self, unique_id: str | None = None, **values: Any) -> tuple[Reward]:
         module = registry.load("rewards", self.key)
-        with host.training_mode():
+        with device.training_mode():
             return (module.build(schema.read(module.Config, values), partial(locate, node_id=unique_id)),)
 
 

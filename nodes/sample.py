@@ -16,7 +16,7 @@ from ..vader_backend.memory.options import MemoryConfig, tricks
 from ..vader_backend.models.base import VideoModel
 from ..vader_backend.placement import residents
 from ..vader_backend.prompts import PromptSet
-from . import host, schema
+from . import device, host, schema
 from .images import rows, to_images
 from .memory import automatic
 from .prompts import warn_long
@@ -90,9 +90,9 @@ class VaderApplyLoRASample:
         chosen = _chosen(prompts, choice)
         warn_long(model, chosen.texts)
         with ExitStack() as stack:
-            stack.enter_context(host.training_mode())
+            stack.enter_context(device.training_mode())
             stack.enter_context(tricks(model, (), memory or automatic(), host.current().device()))
-            stack.enter_context(host.workspace(residents(model)))
+            stack.enter_context(device.workspace(residents(model)))
             show = stack.enter_context(host.progress("Sampling", unique_id))
             weights = lora_file(lora_name) if lora is None else _own(lora)
             with applied(model, weights, choice.strength):

@@ -19,7 +19,7 @@ from ..vader_backend.prompts import PromptSet
 from ..vader_backend.rewards.base import Reward
 from ..vader_backend.runs import check_name
 from ..vader_backend.trainer import Hooks, TrainOptions, TrainResult
-from . import host, schema
+from . import device, host, schema
 from .live import Board
 from .memory import automatic
 from .prompts import warn_long
@@ -108,9 +108,9 @@ class VaderTrainLoRA:
         settings = settings_of(values)
         start = lora_file(existing_lora)
         warn_long(model, prompts.train)
-        place = Place(host.current().device(), host.workspace)
+        place = Place(host.current().device(), device.workspace)
         board = Board(unique_id, _workflow_id(extra_pnginfo), settings.train.steps)
-        with board.open(), host.training_mode(), host.progress("Training", unique_id, plain=True) as show:
+        with board.open(), device.training_mode(), host.progress("Training", unique_id, plain=True) as show:
             result = align(
                 model, reward, prompts, settings,
                 root=host.runs(), name=name, start=start, hooks=_hooks(show, board),

@@ -13,7 +13,7 @@ import torch
 from tiny import Brightness, tiny_model
 from torch import Tensor, nn
 from vader_nodes.vader_backend.align import Settings, align
-from vader_nodes.vader_backend.estimate import PHASES, Estimate, estimate, measure
+from vader_nodes.vader_backend.estimate import PHASES, PREVIEW, Estimate, estimate, measure
 from vader_nodes.vader_backend.generate import VideoConfig
 from vader_nodes.vader_backend.lora import LoraConfig
 from vader_nodes.vader_backend.memory.options import PRESETS, MemoryConfig, preset_for
@@ -68,13 +68,24 @@ def predict(model: ModelScope, memory: MemoryConfig, **objective: object) -> Est
 @pytest.mark.parametrize("memory", [MemoryConfig(), MemoryConfig(gradient_checkpointing=True), LEAN])
 def test_the_estimate_is_near_what_a_step_holds(mini: ModelScope, memory: MemoryConfig) -> None:
     weights = [tensor.clone() for tensor in tensors_of(mini.parts().values())]
-    guessed = predict(mini, memory)
+    step = replace(settings(), train=TrainOptions(preview_every=1))
+    guessed = estimate(mini, Judge(), step, memory)
     assert all(torch.equal(a, b) for a, b in zip(weights, tensors_of(mini.parts().values()), strict=True))
-    real = measure(mini, Judge(), settings(), memory, CPU)
-    assert set(PHASES) <= guessed.phases.keys()
-    for name in PHASES:
+    real = measure(mini, Judge(), step, memory, CPU)
+    assert {*PHASES, PREVIEW} <= guessed.phases.keys()
+    for name in (*PHASES, PREVIEW):
         assert guessed.phases[name] == pytest.approx(real.phases[name], rel=NEAR), name
     assert guessed.peak == pytest.approx(real.peak, rel=NEAR)
+
+
+def test_previews_count_only_where_there_are_any(small: ModelScope) -> None:
+    size = replace(settings(), video=VideoConfig(9, 32, 32))
+    lean = MemoryConfig(gradient_checkpointing=True)
+    without, seen = (estimate(small, Judge(), replace(size, train=TrainOptions(preview_every=n)), lean) for n in (0, 1))
+    assert PREVIEW not in without.phases
+    assert seen.phases == {**without.phases, PREVIEW: seen.phases[PREVIEW]}
+    assert seen.phases[PREVIEW] > without.phases["decode"]  # all frames, where the step decodes one
+    assert seen.peak == max(seen.phases.values())
 
 
 def test_any_number_of_steps_needs_the_memory_of_one(mini: ModelScope) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny import Brightness, tiny_model
 from torch import Tensor, nn
-from vader_nodes.nodes import host
+from vader_nodes.nodes import device, host
 from vader_nodes.nodes.sample import VaderApplyLoRASample
 from vader_nodes.nodes.train import VaderTrainLoRA
 from vader_nodes.vader_backend.memory.idle_offload import idle_offload
@@ -147,7 +147,7 @@ def test_a_workspace_places_what_it_is_given_and_takes_it_back(
 ) -> None:
     monkeypatch.setattr(host.Alone, "device", lambda self: THERE)
     model = Model()
-    with host.workspace(residents(model)):  # type: ignore[arg-type]
+    with device.workspace(residents(model)):  # type: ignore[arg-type]
         encoded(model, 1)
         assert model.device == THERE
     assert model.moves == [
@@ -166,7 +166,7 @@ def test_nodes_leave_the_encoders_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def workspace(networks: Iterable[nn.Module]) -> None:
         raise Asked(*networks)
 
-    monkeypatch.setattr(host, "workspace", workspace)
+    monkeypatch.setattr(device, "workspace", workspace)
     model, prompts = tiny_model(tmp_path, torch.float32), PromptSet(("a red circle",), ())
     with pytest.raises(Asked) as sampled:
         VaderApplyLoRASample().sample(model, prompts)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +65,26 @@ def test_training_raises_the_reward_and_leaves_the_base_as_it_was(tmp_path: Path
     assert seen[-1] > seen[0]
     assert_same(before, model.denoiser.state_dict())
     assert not any(p.requires_grad for p in model.denoiser.parameters())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_previews_are_made_a_batch_at_a_time_and_do_not_depend_on_it(tmp_path: Path, size: int) -> None:
+    model = tiny_model(tmp_path)
+    seen: list[int] = []
+
+    class Counted(Brightness):
+        def __call__(self, video_BTCHW: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> Tensor:
+            seen.append(len(video_BTCHW))
+            return super().__call__(video_BTCHW, prompts, indices)
+
+    chosen = settings()
+    prompts = replace(PROMPTS, held_out=("a white triangle", "a blue cross", "a red square"))
+    made = vader.build(chosen.objective, model, Counted(), prompts, chosen.video.resolve(model), seed=0)  # type: ignore[arg-type]
+    parts, whole = made.validate(size), made.validate(4)
+    assert seen == {1: [1, 1, 1, 3], 2: [2, 1, 3], 3: [3, 3]}[size]
+    assert parts.prompts == whole.prompts == prompts.held_out
+    for one, other in ((parts.video_BTCHW, whole.video_BTCHW), (parts.rewards, whole.rewards)):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:

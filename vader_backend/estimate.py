@@ -31,6 +31,7 @@ from .wrapping import Depth, wrapped
 
 ALLOWANCE = 1.08  # fragments of the allocator, workspaces of kernels
 PHASES = ("encode", "rollout", "differentiated steps", "decode", "reward", "backward")
+PREVIEW = "preview"  # the phase of a training that makes any
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Estimate:
     """Bytes on the device.
 
     peak: the most at any moment. phases: the most in each part of a step; `backward` recomputes what was
-    checkpointed. resident: what lies there between the steps. host: the most in main memory, for networks that wait
-    there and graphs that were offloaded.
+    checkpointed, and PREVIEW is one where the training makes any. resident: what lies there between the steps.
+    host: the most in main memory, for networks that wait there and graphs that were offloaded.
     """
 
     peak: int
@@ -124,9 +125,13 @@ def _step(
         loss, _ = objective.loss(Batch(0, tuple(range(size)), tuple(range(size))))
         with tracker.phase("backward"):
             loss.backward()
-        del loss, state
+        del loss
         for parameter in trained:
             parameter.grad = None
+        if settings.train.preview_every:
+            with tracker.phase(PREVIEW, whole=True):
+                objective.validate(size)
+        del state
     phases = dict(tracker.phases)
     main_memory = tracker.counts[host].peak if host in tracker.counts and host != device.type else 0
     return Estimate(tracker.main.peak, phases, phases["resident"], main_memory)

@@ -289,7 +289,7 @@ class _Loop:
         if not every or (step % every and step != self.options.steps) or first != (step == 0):
             return
         if self.accelerator.is_main_process:
-            validation = self.objective.validate()
+            validation = self.objective.validate(self.options.batch_size)
             self.result.held_out.append((step, float(validation.rewards.mean())))
             self.hooks.preview(step, validation)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -190,7 +190,7 @@ def test_the_order_of_tricks_does_not_matter(modelscope: Case, seed: int) -> Non
         lambda: gradient_checkpointing(modelscope.model),
         lambda: stepwise(modelscope.model),
         lambda: one_by_one(modelscope.model),
-        lambda: graph_offload(modelscope.model, HOST, smallest=0),
+        lambda: graph_offload(modelscope.model.parts().values(), HOST, smallest=0),
         lambda: idle_offload(modelscope.model, reward.networks(), DEVICE, HOST),
         lambda: block_swap(modelscope.model, DEVICE, HOST),
     ]
@@ -209,11 +209,39 @@ def test_stepwise_equals_plain_autograd(case: Case, k: int, stop_input: bool) ->
     assert_same(case.gradients(MemoryConfig(stepwise=True), k=k, stop_input=stop_input), wanted, 0)
 
 
-def test_what_comes_to_the_address_of_a_moved_weight_is_not_taken_for_it() -> None:
-    tensor, gone = torch.ones(4), torch.ones(4).untyped_storage()
-    for storage, stays in ((tensor.untyped_storage(), True), (gone, False)):
-        shelf = _Shelf(HOST, 0, {tensor.untyped_storage()._cdata: weakref.ref(storage)})
-        assert (shelf.put(tensor) is tensor) == stays
+def test_weights_stay_wherever_they_were_moved_to_and_their_former_places_do_not() -> None:
+    layer, shelf = nn.Linear(4, 4, bias=False), _Shelf(HOST, 0)
+    first = layer.weight.data
+    shelf.leave(layer, ())
+    layer.weight.data = first.clone()
+    assert shelf.put(first) is first  # alive
+    assert isinstance(shelf.put(layer.weight.detach()), tuple)  # not yet seen there
+    shelf.leave(layer, ())
+    kept = layer.weight.detach()
+    assert shelf.put(kept) is kept
+    del first
+    gc.collect()
+    assert list(shelf.weights) == [kept.untyped_storage()._cdata]
+
+
+def test_offloading_the_graph_copies_no_weight_of_a_moved_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    stored, real = list[Tensor](), _Shelf._store
+
+    def store(shelf: _Shelf, tensor: Tensor) -> Any:
+        stored.append(tensor)
+        return real(shelf, tensor)
+
+    monkeypatch.setattr(_Shelf, "_store", store)
+    network = nn.Sequential(nn.Linear(4, 8), nn.MultiheadAttention(8, 2)).requires_grad_(False)
+    with graph_offload([network], HOST, smallest=0):
+        for parameter in network.parameters():
+            parameter.data = parameter.data.clone()
+        x = network[0](torch.ones(3, 4, requires_grad=True))
+        network[1](x, x, x)[0].sum().backward()
+    addresses = {parameter.data_ptr() for parameter in network.parameters()}
+    assert stored
+    assert not [tensor for tensor in stored if tensor.data_ptr() in addresses]
+    assert not any(module._forward_pre_hooks for module in network.modules())
 
 
 # --- decoding in parts -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from vader_nodes.nodes import host
+from vader_nodes.nodes import device, host
 from vader_nodes.nodes.load import family, locate
 from vader_nodes.vader_backend.config import InputError
 
@@ -57,15 +57,22 @@ def test_new_files_never_overwrite(empty_base: Path) -> None:
 def test_workspace_leaves_inference_mode_and_puts_networks_back() -> None:
     with torch.inference_mode():
         outside = torch.ones(1)
-        with host.workspace([nn.Linear(1, 1)]):
+        with device.workspace([nn.Linear(1, 1)]):
             layer = nn.Linear(1, 1)
             layer(outside.clone()).sum().backward()
             assert layer.weight.grad is not None
         assert torch.is_inference_mode_enabled()
     network = nn.Linear(1, 1)
-    with pytest.raises(RuntimeError, match="stop"), host.workspace([network]):
+    with pytest.raises(RuntimeError, match="stop"), device.workspace([network]):
         raise RuntimeError("stop")
     assert network.weight.device.type == "cpu"
+
+
+def test_a_full_device_is_told_with_what_to_try() -> None:
+    told = pytest.raises(torch.cuda.OutOfMemoryError, match=r"Connect a Memory node .*batch_size.*20 GiB")
+    with told as error, device.workspace([]), device.training_mode():
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+    assert str(error.value).count("Memory node") == 1
 
 
 def test_checkpoints_of_no_known_family_are_refused(empty_base: Path) -> None:
@@ -131,7 +138,7 @@ def test_comfyui_is_used_where_it_runs(comfy: dict[str, Any], tmp_path: Path) ->
 
 def test_memory_is_freed_before_and_after_even_on_errors(comfy: dict[str, Any]) -> None:
     def work() -> None:
-        with host.workspace([]):
+        with device.workspace([]):
             comfy["calls"].append("work")
             raise ValueError("x")
 

@@ -7,37 +7,35 @@ own, through pinned memory, and the backward pass fetches one tensor ahead. Smal
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..models.base import VideoModel
-from .tracker import tensors_of
-
 SMALLEST = 2**20  # bytes
-
-Storages = dict[int, "weakref.ref[torch.UntypedStorage]"]  # by their address
 
 
 @contextmanager
 def graph_offload(
-    model: VideoModel, host: torch.device | str = "cpu", *, smallest: int | None = None
+    networks: Iterable[nn.Module], host: torch.device | str = "cpu", *, smallest: int | None = None
 ) -> Iterator[None]:
     """For the duration, tensors that autograd saves outside of `host` are kept on `host`.
 
     Inside gradient checkpointing these are the blocks' inputs; what a block recomputes stays where it is.
 
     Args:
+        networks: those whose weights stay where they are.
         smallest: bytes below which a tensor stays; None: SMALLEST.
     """
-    storages = [tensor.untyped_storage() for tensor in tensors_of(model.parts().values())]
-    weights = {storage._cdata: weakref.ref(storage) for storage in storages}
-    shelf = _Shelf(torch.device(host), SMALLEST if smallest is None else smallest, weights)
-    with saved_tensors_hooks(shelf.put, shelf.take):
+    shelf = _Shelf(torch.device(host), SMALLEST if smallest is None else smallest)
+    with ExitStack() as stack:
+        for module in (module for network in networks for module in network.modules()):
+            if any(True for _ in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_pre_hook(shelf.leave).remove)
+        stack.enter_context(saved_tensors_hooks(shelf.put, shelf.take))
         yield
 
 
@@ -62,28 +60,31 @@ class _View(NamedTuple):
 
 
 class _Shelf:
-    def __init__(self, host: torch.device, smallest: int, weights: Storages) -> None:
+    def __init__(self, host: torch.device, smallest: int) -> None:
         self.host = host
         self.smallest = smallest
-        self.weights = weights
+        self.weights: weakref.WeakValueDictionary[int, torch.UntypedStorage] = weakref.WeakValueDictionary()
         self.known: weakref.WeakValueDictionary[tuple[int, torch.dtype], _Stored] = weakref.WeakValueDictionary()
         self.newest: weakref.ref[_Stored] | None = None
         self.stream: torch.cuda.Stream | None = None
 
+    def leave(self, module: nn.Module, inputs: object) -> None:
+        """Before a module runs: its weights, wherever they were fetched to, are not to be put here."""
+        if torch.is_grad_enabled():
+            for weight in module.parameters():
+                storage = weight.untyped_storage()
+                self.weights[storage._cdata] = storage
+
     def put(self, tensor: Tensor) -> Any:
-        key = tensor.untyped_storage()._cdata
-        if tensor.device == self.host or tensor.nbytes < self.smallest or self._is_weight(tensor, key):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if tensor.device == self.host or storage.nbytes() < self.smallest or key in self.weights:
             return tensor
         stored = self.known.get((key, tensor.dtype))
-        if stored is None or stored.source() is not tensor.untyped_storage():
+        if stored is None or stored.source() is not storage:
             stored = self._store(tensor)
             self.known[key, tensor.dtype] = stored
         return _View(stored, tensor.shape, tensor.stride(), tensor.storage_offset())
-
-    def _is_weight(self, tensor: Tensor, key: int) -> bool:
-        """A weight that was moved away leaves its key to whatever comes next."""
-        found = self.weights.get(key)
-        return found is not None and found() is tensor.untyped_storage()
 
     def _store(self, tensor: Tensor) -> _Stored:
         whole = tensor.detach().as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)

@@ -141,7 +141,8 @@ def tricks(
         if config.offload_idle:
             stack.enter_context(idle_offload(model, rewards, device, host))
         if config.graph_offload:
-            stack.enter_context(graph_offload(model, host, smallest=smallest))
+            networks = (*model.parts().values(), *rewards)
+            stack.enter_context(graph_offload(networks, host, smallest=smallest))
         yield
 
 

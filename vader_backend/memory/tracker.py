@@ -34,7 +34,7 @@ class MemoryTracker(TorchDispatchMode):
         self.counts = {device: Count() for device in devices}
         self.main = self.counts[devices[0]]
         self.phases: dict[str, int] = {}
-        self._phase = ""
+        self._phase, self._whole = "", False
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def add(self, tensors: Iterable[Tensor]) -> None:
@@ -43,14 +43,20 @@ class MemoryTracker(TorchDispatchMode):
             self._see(tensor)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Within, the peak is kept under this name, too; afterwards the phase before goes on."""
-        before, self._phase = self._phase, name
+    def phase(self, name: str, *, whole: bool = False) -> Iterator[None]:
+        """Within, the peak is kept under this name, too; afterwards the phase before goes on.
+
+        Args:
+            whole: phases inside this one do not count as their own.
+        """
+        before = self._phase, self._whole
+        if not self._whole:
+            self._phase, self._whole = name, whole
         self._note()
         try:
             yield
         finally:
-            self._phase = before
+            self._phase, self._whole = before
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

@@ -70,6 +70,6 @@ class Objective(Protocol):
         """Called after each optimizer update."""
         ...
 
-    def validate(self) -> Validation:
-        """Sample and score the fixed prompts, without gradient."""
+    def validate(self, size: int) -> Validation:
+        """Sample and score the fixed prompts, without gradient, at most `size` at a time."""
         ...

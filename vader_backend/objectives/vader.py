@@ -180,9 +180,18 @@ class Vader:
         """Nothing to do: every update samples anew."""
 
     @torch.no_grad()
-    def validate(self) -> Validation:
-        rows = self._validation_rows
-        keys = [(self.seed, "validate", number) for number in range(len(rows))]
+    def validate(self, size: int) -> Validation:
+        numbers = range(len(self._validation_rows))
+        found = [self._validated(numbers[i : i + size]) for i in numbers[::size]]
+        return Validation(
+            torch.cat([one.video_BTCHW for one in found]),
+            tuple(text for one in found for text in one.prompts),
+            torch.cat([one.rewards for one in found]),
+        )
+
+    def _validated(self, numbers: Sequence[int]) -> Validation:
+        rows = [self._validation_rows[number] for number in numbers]
+        keys = [(self.seed, "validate", number) for number in numbers]
         latents = self._rollout(rows, keys, GradPlan.none(len(self.schedule)))
         video = self.model.decode(latents, range(self.video.frames))
         texts = tuple(self._texts[row] for row in rows)
