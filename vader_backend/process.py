@@ -224,7 +224,7 @@ class VariancePreserving:
 
 @dataclass(frozen=True)
 class Flow:
-    """Rectified flow: z = (1 - t) x0 + t noise for t in [0, 1]; native time is 1000 t (Liu et al. 2022).
+    """Rectified flow: z = (1 - t) x0 + t noise for t in [0, 1]; native time is train_steps t (Liu et al. 2022).
 
     spacing: gives `steps` values of t, the first at most 1, falling towards 0.
     towards_data: whether the network predicts x0 - noise (Open-Sora) or noise - x0 (Wan, LTX).
@@ -232,13 +232,14 @@ class Flow:
 
     spacing: Callable[[int, VideoSpec], Sequence[float]]
     towards_data: bool = False
+    train_steps: int = 1000
 
     def schedule(self, steps: int, video: VideoSpec) -> Schedule:
         if steps < 1:
             raise InputError(f"steps is {steps}; it must be at least 1.")
         times = [float(t) for t in self.spacing(steps, video)]
         sigma = (*times, 0.0)
-        return Schedule(tuple(1000 * t for t in times), tuple(1 - t for t in sigma), sigma)
+        return Schedule(tuple(self.train_steps * t for t in times), tuple(1 - t for t in sigma), sigma)
 
     def scale_input(self, z: Tensor, alpha: float, sigma: float) -> Tensor:
         return z
@@ -249,7 +250,7 @@ class Flow:
         return x0, x0 + to_noise
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        t = (t / 1000).view(-1, *[1] * (x0.ndim - 1)).to(x0)
+        t = (t / self.train_steps).view(-1, *[1] * (x0.ndim - 1)).to(x0)
         return (1 - t) * x0 + t * noise
 
 

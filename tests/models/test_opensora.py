@@ -33,7 +33,7 @@ VIDEO = VideoSpec(frames=34, height=16, width=24, fps=24)
 PUBLISHED = VideoSpec(frames=51, height=276, width=368, fps=24)
 
 
-@pytest.mark.parametrize("item", ["stdit3", "rflow", "vae"])
+@pytest.mark.parametrize("item", ["stdit3", "rflow", "rflow_plain", "vae", "vae_plain"])
 def test_equals_the_original(item: str) -> None:
     fixture = read(FIXTURES / f"opensora_{item}.json")
     results = compare(fixture, parity.RUN[fixture.item])

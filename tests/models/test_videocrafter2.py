@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,11 +34,25 @@ VIDEO = VideoSpec(frames=3, height=8, width=16, fps=24)
 ATTENTIONS = (".to_q", ".to_k", ".to_v", ".to_out.0")
 
 
-@pytest.mark.parametrize("item", ["unet_wide", "vae", "text", "sampler"])
+@pytest.mark.parametrize("item", ["unet_wide", "vae", "vae_attended", "text", "sampler", "sampler_plain"])
 def test_equals_the_original(item: str) -> None:
     fixture = read(FIXTURES / f"videocrafter2_{item}.json")
     results = compare(fixture, parity.RUN[fixture.item])
     assert results
+    assert not [result for result in results if not result[2]]
+
+
+def test_attentions_may_be_deeper() -> None:
+    """Before every block comes one that adds nothing, so that the network's outputs are those of the original."""
+    fixture = read(FIXTURES / "videocrafter2_unet_wide.json")
+    weights = dict(fixture.weights)
+    for key, tensor in fixture.weights.items():
+        if ".transformer_blocks.0." in key:
+            adds = re.search(r"\.(to_out\.0|ff\.net\.2)\.", key)
+            weights[key.replace("blocks.0.", "blocks.1.")] = tensor
+            weights[key] = torch.zeros_like(tensor) if adds else tensor
+    assert len(weights) > len(fixture.weights)
+    results = compare(replace(fixture, weights=weights), parity.unet)
     assert not [result for result in results if not result[2]]
 
 

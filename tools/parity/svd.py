@@ -15,7 +15,10 @@ from .fixtures import Fixture
 
 
 def unet(fixture: Fixture) -> dict[str, Tensor]:
-    """out, out_ctx3 (three context tokens) and out_mixed (some frames on the spatial branch only)."""
+    """out, and where the fixture has their inputs out_ctx3 (several context tokens) and out_mixed.
+
+    In out_mixed some frames go through the spatial branch only.
+    """
     network = _svd_original.build_unet(
         _svd_keys.section(fixture.weights, _svd_keys.UNET),
         torch.float32,
@@ -23,19 +26,23 @@ def unet(fixture: Fixture) -> dict[str, Tensor]:
         head_channels=fixture.config["num_head_channels"],
     )
     network.add_time_proj = nn.Identity()  # the inputs hold the embedded fps, motion and noise themselves
-    given = {name: fixture.inputs[name] for name in ("x", "timesteps", "y", "context", "context2")}
-    frames = fixture.config["num_video_frames"]
+    given, frames = dict(fixture.inputs), fixture.config["num_video_frames"]
+    image_only = given.pop("image_only_mixed", None)
     by_video = {name: tensor.unflatten(0, (-1, frames)) for name, tensor in given.items()}
-    z, image_latents = by_video["x"].transpose(1, 2).split(network.config.out_channels, dim=1)
+    z, image_latents = by_video["x"].transpose(1, 2).tensor_split([network.config.out_channels], dim=1)
 
     def run(context: str) -> Tensor:
         t, y, image = (_common(by_video[name]) for name in ("timesteps", "y", context))
         cond = {"image": image, "image_latents": image_latents, "time_ids": y}
         return svd.denoise(network, z, t, cond).transpose(1, 2).flatten(0, 1)
 
-    outputs = {"out": run("context"), "out_ctx3": run("context2")}
-    with _image_only(network, fixture.inputs["image_only_mixed"]):
-        return {**outputs, "out_mixed": run("context")}
+    outputs = {"out": run("context")}
+    if "context2" in given:
+        outputs["out_ctx3"] = run("context2")
+    if image_only is not None:
+        with _image_only(network, image_only):
+            outputs["out_mixed"] = run("context")
+    return outputs
 
 
 def _common(by_frame: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ from ...vader_backend.process import Schedule, VariancePreserving
 from ...vader_backend.sampling import GradPlan, guided_prediction, sample, step
 from ...vader_backend.types import Conditioning
 from .fixtures import Fixture
+
+_BETAS = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "squaredcos_cap_v2"}  # original: ours
+_UNTOLD_SCALE = 0.3
 
 
 def unet(fixture: Fixture) -> dict[str, Tensor]:
@@ -74,9 +78,10 @@ def sampler(fixture: Fixture) -> dict[str, Tensor]:
     model = ClosedForm(_process(fixture))
     schedule = model.process.through(_uniform(model.process, fixture.config["S"]))
     eta, guidance = fixture.config["eta"], fixture.config["unconditional_guidance_scale"]
-    noises, fps = fixture.inputs["noises"], fixture.inputs["fps"]
-    cond = Conditioning({"text": fixture.inputs["cond"], "fps": fps}, {"text": fixture.inputs["uncond"], "fps": fps})
-    states = [fixture.inputs["x_T"]]
+    given, fps = fixture.inputs, fixture.inputs["fps"]
+    noises = given.get("noises", torch.zeros(len(schedule), 1))  # unused where eta is 0, as uncond without guidance
+    cond = Conditioning({"text": given["cond"], "fps": fps}, {"text": given.get("uncond", given["cond"]), "fps": fps})
+    states = [given["x_T"]]
     rollout = sample(
         model, states[0], cond, schedule, GradPlan.none(len(schedule)),
         guidance=guidance, eta=eta, noise=lambda i: noises[i], on_step=lambda i, z: states.append(z),
@@ -86,7 +91,7 @@ def sampler(fixture: Fixture) -> dict[str, Tensor]:
     for i, z in enumerate(states[:-1]):
         prediction = guided_prediction(model, z, schedule.timesteps[i], cond, guidance)
         clean.append(step(model.process, schedule, i, z, prediction, eta, noises[i])[1])
-    x0, noise, t = (fixture.inputs[f"q_{name}"] for name in ("x0", "noise", "t"))
+    x0, noise, t = (given[f"q_{name}"] for name in ("x0", "noise", "t"))
     return {
         "final": rollout.latents,
         "x_inter": torch.stack(states),
@@ -101,11 +106,15 @@ def _process(fixture: Fixture) -> VariancePreserving:
     config = fixture.config["model"]
     scheduler = {
         **SCHEDULER,
+        "beta_schedule": _BETAS[config.get("beta_schedule", "linear")],
         "beta_start": config["linear_start"],
         "beta_end": config["linear_end"],
         "num_train_timesteps": config["timesteps"],
     }
-    return make_process(scheduler, config["scale_b"] if config.get("use_scale") else 1.0)
+    process = make_process(scheduler, config.get("scale_b", _UNTOLD_SCALE) if config.get("use_scale") else 1.0)
+    if config.get("fix_scale_bug") and process.scale is not None:  # the original then has no entries to spare
+        process = replace(process, scale=process.scale[: process.train_steps])
+    return process
 
 
 def _uniform(process: VariancePreserving, steps: int) -> list[int]:

@@ -29,16 +29,18 @@ _CHUNK = 16  # frames encoded at a time
 _RULES = (
     (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
     (r"^encoder\.down\.(\d+)\.block\.", r"encoder.down_blocks.\1.resnets."),
+    (r"^encoder\.down\.(\d+)\.attn\.", r"encoder.down_blocks.\1.attentions."),
     (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
     (r"^decoder\.up\.(\d+)\.block\.", r"decoder.up_blocks.\1.resnets."),
+    (r"^decoder\.up\.(\d+)\.attn\.", r"decoder.up_blocks.\1.attentions."),
     (r"^decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
     (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
-    (r"(attentions\.0)\.norm\.", r"\1.group_norm."),
-    (r"(attentions\.0)\.([qkv])\.", r"\1.to_\2."),
-    (r"(attentions\.0)\.proj_out\.", r"\1.to_out.0."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
 )
 
 
@@ -52,14 +54,15 @@ def diffusers_key(key: str, levels: int) -> str:
 def architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """AutoencoderKL's configuration, read from the shapes of the weights. Raises KeyError where one is missing."""
     levels = _count(tensors, "encoder.down.{}.block.0.conv1.weight")
+    attended = ["Attn" if f"encoder.down.{i}.attn.0.norm.weight" in tensors else "" for i in range(levels)]
     return {
         "in_channels": tensors["encoder.conv_in.weight"].shape[1],
         "out_channels": tensors["decoder.conv_out.weight"].shape[0],
         "latent_channels": tensors["decoder.conv_in.weight"].shape[1],
         "block_out_channels": [len(tensors[f"encoder.down.{i}.block.0.conv1.weight"]) for i in range(levels)],
         "layers_per_block": _count(tensors, "encoder.down.0.block.{}.conv1.weight"),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in attended],
+        "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(attended)],
     }
 
 
@@ -102,4 +105,4 @@ def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
 
 def _as_linear(key: str, tensor: Tensor) -> Tensor:
     """The attention's projections are 1x1 convolutions in the original."""
-    return tensor.flatten(1) if ".attn_1." in key and tensor.ndim > 1 else tensor
+    return tensor.flatten(1) if ".attn" in key and tensor.ndim > 1 else tensor

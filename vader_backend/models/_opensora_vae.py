@@ -6,7 +6,7 @@ know nothing of each other. Source: Zheng et al. 2024; hpcaitech/Open-Sora v1.2.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -29,7 +29,11 @@ _SPATIAL: dict[str, Any] = {
     "act_fn": "silu",
     "latent_channels": 4,
     "norm_num_groups": 32,
+    "mid_block_add_attention": True,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
 }
+_ACTIVATIONS = {"swish": F.silu, "relu": F.relu}
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,14 @@ class TemporalConfig:
     channel_multipliers: Sequence[int] = (1, 2, 2, 4)
     temporal_downsample: Sequence[bool] = (False, True, True)
     num_groups: int = 32
+    activation_fn: str = "swish"
+
+    @property
+    def activate(self) -> Callable[[Tensor], Tensor]:
+        """Raises ValueError where it is of an unknown kind."""
+        if self.activation_fn not in _ACTIVATIONS:
+            raise ValueError(f"its activation {self.activation_fn} is none of {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[self.activation_fn]
 
     @property
     def widths(self) -> list[int]:
@@ -69,8 +81,8 @@ class VideoAutoencoder(nn.Module):
         self.spatial_factor = 2 ** (len(spatial["block_out_channels"]) - 1)
         self.spatial_vae = nn.ModuleDict({"module": AutoencoderKL(**spatial)})
         self.temporal_vae = TemporalAutoencoder(temporal)
-        self.register_buffer("scale", torch.ones(1, temporal.in_out_channels, 1, 1, 1))
-        self.register_buffer("shift", torch.zeros(1, temporal.in_out_channels, 1, 1, 1))
+        self.register_buffer("scale", torch.ones(1, temporal.embed_dim, 1, 1, 1))
+        self.register_buffer("shift", torch.zeros(1, temporal.embed_dim, 1, 1, 1))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> VideoAutoencoder:
@@ -142,6 +154,16 @@ class VideoAutoencoder(nn.Module):
         return frames.unflatten(0, (len(latents_BCTHW), -1)).transpose(1, 2)
 
 
+def per_channel(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint with scale and shift for every channel, also where it has one number for all of them.
+
+    Raises:
+        KeyError: a weight is missing.
+    """
+    width = tensors["temporal_vae.post_quant_conv.conv.weight"].shape[1]
+    return {k: v.expand(1, width, 1, 1, 1) if k in ("scale", "shift") and not v.ndim else v for k, v in tensors.items()}
+
+
 class TemporalAutoencoder(nn.Module):
     """Image latents of one window to latents that are fewer in time, and back."""
 
@@ -189,17 +211,18 @@ class Upsample(CausalConv3d):
 class ResBlock(nn.Module):
     """Two normalized causal convolutions beside a shortcut."""
 
-    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
+    def __init__(self, inputs: int, outputs: int, config: TemporalConfig) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, inputs)
+        self.activate = config.activate
+        self.norm1 = nn.GroupNorm(config.num_groups, inputs)
         self.conv1 = CausalConv3d(inputs, outputs, bias=False)
-        self.norm2 = nn.GroupNorm(groups, outputs)
+        self.norm2 = nn.GroupNorm(config.num_groups, outputs)
         self.conv2 = CausalConv3d(outputs, outputs, bias=False)
         self.conv3 = nn.Identity() if inputs == outputs else CausalConv3d(inputs, outputs, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.conv3(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.activate(self.norm1(x)))
+        return self.conv3(x) + self.conv2(self.activate(self.norm2(h)))
 
 
 class Encoder(nn.Module):
@@ -207,7 +230,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: TemporalConfig) -> None:
         super().__init__()
-        widths = config.widths
+        self.activate, widths = config.activate, config.widths
         before = [config.filters, *widths[:-1]]
         self.conv_in = CausalConv3d(config.in_out_channels, config.filters, bias=False)
         self.block_res_blocks = nn.ModuleList(_stack(*sizes, config) for sizes in zip(before, widths, strict=True))
@@ -223,7 +246,7 @@ class Encoder(nn.Module):
         x = self.block_res_blocks[0](self.conv_in(x))
         for shrink, level in zip(self.conv_blocks, self.block_res_blocks[1:], strict=True):
             x = level(shrink(x))
-        return self.conv2(F.silu(self.norm1(self.res_blocks(x))))
+        return self.conv2(self.activate(self.norm1(self.res_blocks(x))))
 
 
 class Decoder(nn.Module):
@@ -231,7 +254,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: TemporalConfig) -> None:
         super().__init__()
-        widths = config.widths
+        self.activate, widths = config.activate, config.widths
         before = [*widths[1:], widths[-1]]
         self.conv1 = CausalConv3d(config.latent_embed_dim, widths[-1])
         self.res_blocks = _stack(widths[-1], widths[-1], config)
@@ -247,12 +270,12 @@ class Decoder(nn.Module):
         x = self.res_blocks(self.conv1(x))
         for level, grow in zip(self.block_res_blocks[:0:-1], self.conv_blocks[::-1], strict=True):
             x = grow(level(x))
-        return self.conv_out(F.silu(self.norm1(self.block_res_blocks[0](x))))
+        return self.conv_out(self.activate(self.norm1(self.block_res_blocks[0](x))))
 
 
 def _stack(inputs: int, outputs: int, config: TemporalConfig) -> nn.Sequential:
     sizes = [inputs] + [outputs] * config.num_res_blocks
-    return nn.Sequential(*(ResBlock(a, b, config.num_groups) for a, b in pairwise(sizes)))
+    return nn.Sequential(*(ResBlock(a, b, config) for a, b in pairwise(sizes)))
 
 
 def _draw(moments: Tensor, noise: Tensor | None) -> Tensor:

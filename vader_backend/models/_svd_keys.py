@@ -83,6 +83,11 @@ def renamed(tensors: Mapping[str, Tensor], names: Iterable[str], original: Calla
     return {ours.get(key, key): tensor for key, tensor in tensors.items()}
 
 
+def unet_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The UNet with projections around its attentions as linear layers, where they are convolutions of width 1."""
+    return {k: v.flatten(1) if k.endswith(("proj_in.weight", "proj_out.weight")) else v for k, v in tensors.items()}
+
+
 def unet_key(name: str, layers: int = 2, plain: frozenset[int] = frozenset({0})) -> str:
     """The original name of a module or weight of UNetSpatioTemporalConditionModel.
 
@@ -113,7 +118,7 @@ def unet_config(tensors: Mapping[str, Tensor], head_channels: int = 64) -> dict[
         tensors: the UNet under its original keys, without prefix.
 
     Raises:
-        KeyError: it is no such UNet. ValueError: it is conditioned on something else than fps, motion and noise.
+        KeyError: it is no such UNet.
     """
     layers = unet_layers(tensors)
     levels = count_blocks(tensors, "input_blocks.") // (layers + 1)
@@ -124,8 +129,6 @@ def unet_config(tensors: Mapping[str, Tensor], head_channels: int = 64) -> dict[
     if not attended[-1]:
         depths[-1] = count_blocks(tensors, "middle_block.1.transformer_blocks.")
     added = tensors["label_emb.0.0.weight"].shape[1]
-    if added % 3:
-        raise ValueError(f"its added conditioning has {added} channels, not three equal parts")
     return {
         "in_channels": tensors["input_blocks.0.0.weight"].shape[1],
         "out_channels": len(tensors["out.2.weight"]),
@@ -139,6 +142,13 @@ def unet_config(tensors: Mapping[str, Tensor], head_channels: int = 64) -> dict[
         "addition_time_embed_dim": added // 3,
         "projection_class_embeddings_input_dim": added,
     }
+
+
+def check_conditioning(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where a UNet is conditioned on something else than fps, motion and noise."""
+    added = tensors["label_emb.0.0.weight"].shape[1]
+    if added % 3:
+        raise ValueError(f"its added conditioning has {added} channels, not three equal parts")
 
 
 def unet_layers(tensors: Mapping[str, Tensor]) -> int:

@@ -47,10 +47,13 @@ def networks(path: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
                 f"{path.name} is not the whole checkpoint: it has no weights under {prefix.rstrip('.')}. "
                 "Download svd.safetensors or svd_xt.safetensors."
             )
-    unet = {"num_frames": 25 if "xt" in path.stem.lower() else 14, **file_config(path, "unet")}
+    unet, stated = keys.section(tensors, keys.UNET), file_config(path, "unet")
     with reading("Stable Video Diffusion checkpoint", path):
+        keys.check_conditioning(unet)
         return {
-            "denoiser": build_unet(keys.section(tensors, keys.UNET), dtype, path, **unet),
+            "denoiser": build_unet(
+                unet, dtype, path, **{"num_frames": 25 if "xt" in path.stem.lower() else 14, **stated}
+            ),
             "vae": build_vae(keys.vae_tensors(tensors), dtype, path),
             "image_encoder": build_image_encoder(
                 keys.section(tensors, keys.IMAGE_ENCODER), dtype, path, **file_config(path, "image_encoder")
@@ -82,6 +85,7 @@ def build_unet(
     Its residual blocks normalise with the original's epsilon. diffusers' own is smaller in some of them, which moves
     the output by about 2e-5 of its size.
     """
+    tensors = keys.unet_tensors(tensors)
     config = keys.unet_config(tensors, head_channels)
     plain = frozenset(i for i, kind in enumerate(config["up_block_types"]) if not kind.startswith("CrossAttn"))
 

@@ -6,7 +6,8 @@ Source: Chen et al. 2024 and the published checkpoint's keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +58,17 @@ class TimeAndFpsEmbedding(TimestepEmbedding):
         return super().forward(sample) + self.fps(wave.to(sample.dtype))
 
 
-def make_unet(**config: Any) -> UNet3DConditionModel:
-    """The network, of UNet3DConditionModel's own configuration, with fresh weights."""
+def make_unet(depths: Mapping[str, int] | None = None, **config: Any) -> UNet3DConditionModel:
+    """The network, of UNet3DConditionModel's own configuration, with fresh weights.
+
+    Args:
+        depths: transformer blocks of the attentions by their names; one in each that is not named.
+    """
     unet = UNet3DConditionModel(**config)
     unet.time_embedding = TimeAndFpsEmbedding(unet.config.block_out_channels[0])
+    for name, depth in (depths or {}).items():
+        blocks = unet.get_submodule(f"{name}.transformer_blocks")
+        blocks.extend(deepcopy(blocks[0]) for _ in range(1, depth))
     return unet
 
 
@@ -74,7 +82,8 @@ def build_unet(tensors: Mapping[str, Tensor], dtype: torch.dtype, source: Path) 
         config = architecture(tensors)
         layers = config["layers_per_block"]
         named = {diffusers_name(key, layers): _as_linear(key, tensor) for key, tensor in tensors.items()}
-    return build_frozen(lambda: make_unet(**config), named, dtype, "denoiser", source)
+        depths = _depths(named)
+    return build_frozen(lambda: make_unet(depths, **config), named, dtype, "denoiser", source)
 
 
 def architecture(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -151,6 +160,16 @@ def _levels(tensors: Mapping[str, Tensor]) -> list[list[int]]:
     if not all(levels):
         raise KeyError(f"input_blocks.{number}.0.out_layers.3.weight")
     return levels
+
+
+def _depths(named: Iterable[str]) -> dict[str, int]:
+    """Transformer blocks of every attention, by the attention's name."""
+    depths: dict[str, int] = {}
+    for name in named:
+        attention, _, rest = name.partition(".transformer_blocks.")
+        if rest:
+            depths[attention] = max(depths.get(attention, 0), int(rest.partition(".")[0]) + 1)
+    return depths
 
 
 def _as_linear(key: str, tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from ..process import Flow
 from ..types import Conditioning, VideoSpec
 from ._blocks import autoencoder_blocks
 from ._flow import shifted
-from ._opensora_vae import ResBlock, VideoAutoencoder
+from ._opensora_vae import ResBlock, VideoAutoencoder, per_channel
 from ._single_file import read_weights
 from ._stdit3 import XL_2, Architecture, STDiT3
 from ._t5 import T5Text, Tokenizer, empty_text, load_tokenizer, sentencepiece_tokenizer, t5_network
@@ -121,7 +121,8 @@ def _load_denoiser(folder: Path, dtype: torch.dtype) -> STDiT3:
 def _load_vae(folder: Path, dtype: torch.dtype) -> VideoAutoencoder:
     tensors, config = _read(folder, "autoencoder")
     with reading("autoencoder", folder):
-        return build_frozen(lambda: VideoAutoencoder.from_config(config), tensors, dtype, "autoencoder", folder)
+        weights = per_channel(tensors)
+    return build_frozen(lambda: VideoAutoencoder.from_config(config), weights, dtype, "autoencoder", folder)
 
 
 def _read(folder: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
