@@ -28,6 +28,7 @@ _UNREADABLE = (
     OSError, ValueError, RuntimeError, LookupError, ArithmeticError, AttributeError, TypeError, EOFError,
     SafetensorError, pickle.UnpicklingError,
 )  # fmt: skip
+_PARALLEL = "module."  # before every key that a distributed training saved
 _BEGINNINGS = {
     b"PK\x03\x04": "a zip archive, such as PyTorch writes",
     b"\x80": "a pickle",
@@ -187,6 +188,8 @@ def _is_strange(key: str) -> bool:
 def read_tensors(path: Path, what: str, parts: Collection[str] = ()) -> dict[str, Tensor]:
     """Every tensor of a published checkpoint file, mapped from disk rather than copied.
 
+    Where all keys begin with `module.`, as those of distributed training do, that is taken off.
+
     Args:
         path: a .safetensors file, or a pickled original (.ckpt, .pt, .pth), which is read with weights_only=True.
         parts: tables inside the pickle's own whose tensors are wanted too, as part/key.
@@ -204,6 +207,8 @@ def read_tensors(path: Path, what: str, parts: Collection[str] = ()) -> dict[str
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise InputError(f"The {what} in {path} holds no tensors; choose another checkpoint.")
+    if all(key.startswith(_PARALLEL) for key in tensors):
+        return {key.removeprefix(_PARALLEL): value for key, value in tensors.items()}
     return tensors
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import PIL
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ from vader_nodes.vader_backend.registry import load
 from vader_nodes.vader_backend.rewards._images import PerFrameReward
 
 WIDTH = 16
+HEIGHT_FIRST = int(PIL.__version__.partition(".")[0]) >= 13  # whether Pillow scales as `_fit.scaled` does
 LAYERS = {0: (12, WIDTH), 2: (10, 12), 4: (8, 10), 6: (6, 8), 7: (1, 6)}
 PROMPTS = ("a red circle moving left on a black background", "a blue cross moving up on a white background")
 

@@ -48,8 +48,9 @@ def make(path: Path, **settings: Any) -> ClipReward:
 # --- the original ----------------------------------------------------------------------------
 
 
-def test_it_equals_the_original_implementation() -> None:
-    results = compare(read(FIXTURES / "hpsv2.safetensors"), parity.hpsv2)
+@pytest.mark.parametrize("name", ["hpsv2", "hpsv2_default_heads"])
+def test_it_equals_the_original_implementation(name: str) -> None:
+    results = compare(read(FIXTURES / f"{name}.safetensors"), parity.hpsv2)
     assert {name for name, _, _ in results} == {"resized", "image_features", "text_features", "scores", "loss"}
     assert all(ok for _, _, ok in results), results
 
@@ -75,6 +76,12 @@ def test_a_file_and_a_folder_score_alike(path: Path, tmp_path: Path) -> None:
     scores = [reward(video(), PROMPTS, [0, 1]) for reward in (from_file, make(tmp_path))]
     torch.testing.assert_close(*scores)
     assert float((scores[0][0] - scores[0][1]).abs()) > 1e-3
+
+
+def test_a_file_of_distributed_training_scores_alike(path: Path, tmp_path: Path, tensors: dict[str, Tensor]) -> None:
+    torch.save({"state_dict": {f"module.{key}": tensor for key, tensor in tensors.items()}}, tmp_path / "HPS.pt")
+    save_tokenizer(tmp_path)
+    assert torch.equal(*(reward(video(), PROMPTS, [0, 1]) for reward in (make(path), make(tmp_path / "HPS.pt"))))
 
 
 def test_half_precision_halves_the_weights_but_not_the_scale(path: Path) -> None:

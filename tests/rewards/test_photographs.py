@@ -7,6 +7,7 @@ moves them by less than SCORE of what they vary by over the photographs (seen: 0
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from vader_nodes.vader_backend.rewards._images import CLIP_NORM, IMAGENET_NORM
 from vader_nodes.vader_backend.rewards._linear_head import build_head
 
 from . import every
-from .conftest import WIDTH, _spread, draw_head
+from .conftest import HEIGHT_FIRST, WIDTH, _spread, draw_head
 from .tiny_beyond import MARKS
 
 SCORE = 0.05
@@ -44,13 +45,19 @@ def _small(picture: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def photographs() -> dict[str, np.ndarray]:
     """[H, W, 3] of several shapes, larger and smaller than what networks take."""
+    wide = np.concatenate([data.coffee()] * 3, axis=1)
+    tall = {"very tall": np.rot90(wide).copy()} if HEIGHT_FIRST else {}
     return {
+        **tall,
         "square": data.astronaut(),
         "landscape": data.coffee(),
         "portrait": np.rot90(data.coffee()).copy(),
         "odd": data.chelsea(),
         "odd portrait": np.rot90(data.rocket()).copy(),
         "narrow": data.rocket()[:, 200:320].copy(),
+        "very wide": data.coffee()[150:190].copy(),
+        "wide": wide,
+        "tiny": _small(data.coffee(), 9, 14),
         "small": _small(data.coffee(), 90, 135),
         "small portrait": _small(data.astronaut(), 101, 75),
     }
@@ -82,7 +89,6 @@ class Case:
     score: Callable[[Tensor], Tensor]
     std: float
     frames: int = 1
-    fits: Callable[[np.ndarray], bool] = lambda picture: True
 
 
 # --- networks that take single frames --------------------------------------------------------
@@ -134,40 +140,38 @@ def _hps(folder: Path, fit: str) -> Case:
         if fit == "squash":
             return normal(picture.resize((224, 224), Image.Resampling.BILINEAR), CLIP_NORM)
         scale = 224 / max(picture.size)
-        small = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
-        square = Image.new("RGB", (224, 224))
-        square.paste(small, ((224 - small.width) // 2, (224 - small.height) // 2))
+        width, height = (round(side * scale) for side in picture.size)
+        left, top = (224 - width) // 2, (224 - height) // 2
+        square = np.zeros((224, 224, 3))
+        for i, channel in enumerate(picture.split()):  # as numbers, which may leave the range of pictures
+            small = channel.convert("F").resize((width, height), Image.Resampling.BICUBIC)
+            square[top : top + height, left : left + width, i] = np.asarray(small)
         return normal(square, CLIP_NORM)
 
     reward = hps.ClipReward("hps", hps.Config(), _clip(folder, fit))
     return _clip_case(reward, fitted, lambda output: (output.image_embeds * output.text_embeds).sum(1))
 
 
-def normal(picture: Image.Image, norm: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+def normal(picture: Image.Image | np.ndarray, norm: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
     mean, std = (np.array(part, dtype="float32") for part in norm)
     return torch.from_numpy((np.array(picture, dtype="float32") / 255 - mean) / std).permute(2, 0, 1)[None]
 
 
-def _yolos(kind: str) -> Case:
-    size = {"fixed": {"height": 128, "width": 192}, "short side": {"shortest_edge": 128, "longest_edge": 192}}[kind]
+def _yolos(folder: Path, size: dict[str, int]) -> Case:
     own = processor("Yolos", size=size, do_pad=False)
     tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = yolos.YolosForObjectDetection(
-        YolosConfig(**tower, image_size=[128, 192], patch_size=32, num_detection_tokens=5, num_labels=3,
+        YolosConfig(**tower, image_size=[128, 192], patch_size=16, num_detection_tokens=5, num_labels=3,
                     use_mid_position_embeddings=False)
     ).eval()  # fmt: skip
     _spread(model)
-    config = yolos.Config(mode="keep", antialias=True)
-
-    def looks(height: int, width: int) -> tuple[int, int | None]:
-        return (128, 192) if kind == "fixed" else (128 * height // min(height, width), None)
-
-    def reward(video: Tensor, prompts: Sequence[str], indices: Sequence[int]) -> Tensor:
-        return yolos.Yolos(config, model, 1, looks(*video.shape[-2:]))(video, prompts, indices)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": size}))
+    reward = yolos.build(yolos.Config(target="LABEL_1", mode="keep", antialias=True), lambda _: folder)
 
     def pixels(video: Tensor) -> Tensor:
         seen: list[Tensor] = []
-        hook = model.register_forward_pre_hook(
+        hook = reward.model.register_forward_pre_hook(
             lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
         )
         reward(video, [""], [0])
@@ -178,11 +182,7 @@ def _yolos(kind: str) -> Case:
         odds = model(pixel_values=images).logits.softmax(-1)[..., 1]
         return 1 - (1 - odds).prod(1)
 
-    def fits(picture: np.ndarray) -> bool:
-        """Whether the processor gives whole patches."""
-        return kind == "fixed" or max(picture.shape) * 2 in (3 * min(picture.shape[:2]), 2 * min(picture.shape[:2]))
-
-    return Case(reward, pixels, lambda p: own(p).pixel_values, score, min(IMAGENET_NORM[1]), fits=fits)
+    return Case(reward, pixels, lambda p: own(p).pixel_values, score, min(IMAGENET_NORM[1]))
 
 
 def _siglip(root: Path) -> Case:
@@ -289,8 +289,8 @@ CASES: dict[str, Callable[[Path, Path], Case]] = {
     "aesthetic": lambda root, folder: _of_clip(folder, "aesthetic"),
     "hps as published": lambda root, folder: _hps(folder, "pad"),
     "hps of VADER": lambda root, folder: _hps(folder, "squash"),
-    "yolos": lambda root, folder: _yolos("fixed"),
-    "yolos by its short side": lambda root, folder: _yolos("short side"),
+    "yolos": lambda root, folder: _yolos(folder, {"height": 128, "width": 192}),
+    "yolos by its short side": lambda root, folder: _yolos(folder, {"shortest_edge": 160, "longest_edge": 320}),
     "aesthetic_v25": lambda root, folder: _siglip(root),
     "imagereward": lambda root, folder: _imagereward(root),
     "videomae": lambda root, folder: _videomae(root),
@@ -309,8 +309,6 @@ def test_pixels_and_scores_are_those_of_the_models_own_processor(name: str, root
     case = CASES[name](root, tmp_path)
     ours, others = [], []
     for label, picture in photographs().items():
-        if not case.fits(picture):
-            continue
         frames = [picture] * 2 if name == "videoreward" else shots(picture, case.frames)
         video = as_video(frames)
         with torch.no_grad():

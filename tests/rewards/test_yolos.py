@@ -11,7 +11,7 @@ import pytest
 import torch
 from vader_nodes.vader_backend.config import InputError
 from vader_nodes.vader_backend.registry import load
-from vader_nodes.vader_backend.rewards.yolos import mean_detection, presence
+from vader_nodes.vader_backend.rewards.yolos import by_short_side, mean_detection, presence
 
 from .conftest import PROMPTS, video
 
@@ -68,21 +68,33 @@ def test_presence_of_a_certain_object_stays_finite() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "height", "expected"),
+    ("size", "expected"),
+    [((320, 512), (800, 1280)), ((512, 320), (1280, 800)), ((480, 832), (768, 1328)), ((832, 480), (1328, 768)),
+     ((418, 1343), (416, 1328)), ((1343, 418), (1344, 416)), ((333, 333), (800, 800))],
+)  # fmt: skip
+def test_the_published_processors_size_follows_the_short_side(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert by_short_side(*size, longest=1344 if 1343 in size else 1333) == expected
+
+
+@pytest.mark.parametrize(
+    ("told", "height", "expected"),
     [
-        ({"height": 24, "width": 32}, 0, (24, 32)),
-        ({"shortest_edge": 800, "longest_edge": 1333}, 0, (512, 720)),
-        (None, 0, (512, 720)),
-        ({"height": 24, "width": 32}, 40, (40, 56)),
+        ({"size": {"height": 24, "width": 32}}, 0, (24, 32)),
+        ({"size": {"height": 24, "width": 32}}, 50, (50, 70)),
+        ({"size": {"shortest_edge": 64, "longest_edge": 133}}, 0, (64, 80)),
+        ({"size": {"shortest_edge": 64, "longest_edge": 70}}, 0, (48, 64)),
+        ({"size": 64, "max_size": 70}, 0, (48, 64)),
+        ({"size": {"shortest_edge": 3}}, 0, (8, 8)),
+        (None, 0, (512, 716)),
     ],
 )
 def test_size_at_which_frames_are_looked_at(
-    folder: Path, tmp_path: Path, size: dict[str, int] | None, height: int, expected: tuple[int, int]
+    folder: Path, tmp_path: Path, told: dict[str, Any] | None, height: int, expected: tuple[int, int]
 ) -> None:
     for path in (folder / "detector").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    if size:
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": size}))
+    if told is not None:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(told))
     module = load("rewards", "yolos")
     reward = module.build(module.Config(checkpoint="x", target="cup", height=height), lambda _: tmp_path)
     seen: list[torch.Size] = []

@@ -13,17 +13,19 @@ from ...vader_backend.rewards._fit import squash
 from ...vader_backend.rewards.aesthetic import build_head
 from .fixtures import Fixture
 
+_HEAD_WIDTH = 64  # open_clip's own, where a configuration names none
+
 
 def hpsv2(fixture: Fixture) -> dict[str, Tensor]:
     """Pictures in [-1, 1], as VADER's denoised frames are."""
     vision, text = fixture.config["vision_cfg"], fixture.config["text_cfg"]
-    heads = {"vision_heads": vision["width"] // vision["head_width"], "text_heads": text["heads"]}
+    heads = {"vision_heads": vision["width"] // vision.get("head_width", _HEAD_WIDTH), "text_heads": text["heads"]}
     clip = Clip(build_open_clip(fixture.weights, torch.float32, Path(fixture.name), **heads), None)
     images = (fixture.inputs["im_pix"] / 2 + 0.5).clamp(0, 1)
     seen, read = clip.image_features(images), F.normalize(clip.embed_tokens(fixture.inputs["token_ids"]), dim=-1)
     scores = (seen * read).sum(-1)
     return {
-        "resized": squash(images, vision["image_size"]),
+        "resized": squash(images, clip.model.config.vision_config.image_size),
         "image_features": seen,
         "text_features": read,
         "scores": scores,

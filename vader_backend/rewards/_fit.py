@@ -2,7 +2,7 @@
 
 squash stands for torchvision's Resize to a square, as in the published VADER code; crop for the image
 processors of transformers, and with `halve=round` for torchvision's CenterCrop; pad for the official scorer of
-tgxs002/HPSv2.
+tgxs002/HPSv2, which scales tensors and leaves in what bicubic waves overshoot.
 """
 
 from __future__ import annotations
@@ -46,13 +46,18 @@ def pad(images_NCHW: Tensor, size: int) -> Tensor:
     height, width = (max(1, round(side * scale)) for side in images_NCHW.shape[-2:])
     above, left = (size - height) // 2, (size - width) // 2
     edges = (left, size - width - left, above, size - height - above)
-    return F.pad(scaled(images_NCHW, height, width), edges)
+    return F.pad(resize(images_NCHW, height, width), edges)
 
 
 def scaled(images_NCHW: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
-    """As Pillow, antialiased: rows, then columns, and after each back into the range that bicubic waves leave."""
-    wide = resize(images_NCHW, images_NCHW.shape[-2], width, mode=mode).clamp(0, 1)
-    return resize(wide, height, width, mode=mode).clamp(0, 1)
+    """As Pillow 13, antialiased: width and height one after the other, each brought back into [0, 1].
+
+    The height comes first where it shrinks by more than twice what the width does.
+    """
+    old_height, old_width = images_NCHW.shape[-2:]
+    height_first = old_height - height > max(0, 2 * (old_width - width))
+    between = (height, old_width) if height_first else (old_height, width)
+    return resize(resize(images_NCHW, *between, mode=mode).clamp(0, 1), height, width, mode=mode).clamp(0, 1)
 
 
 FITS: dict[str, Callable[[Tensor, int], Tensor]] = {"squash": squash, "crop": crop, "pad": pad}

@@ -96,8 +96,7 @@ def load_head(path: Path, width: int) -> AestheticHead:
     Raises:
         InputError: the file is missing, truncated, a pickle of anything but tensors, or made for other features.
     """
-    tensors = {name.removeprefix("module."): tensor for name, tensor in read_tensors(path, _WHAT).items()}
-    return build_head(tensors, width, path)
+    return build_head(read_tensors(path, _WHAT), width, path)
 
 
 def build_head(tensors: Mapping[str, Tensor], width: int, path: Path) -> AestheticHead:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ TITLE = "YOLOS"
 HUB = {"checkpoint": ("hustvl/yolos-tiny", "hustvl/yolos-base")}
 _THRESHOLD = 0.2
 _PUBLISHED_HEIGHT = 512
+_CELL = 16  # YolosImageProcessor cuts sides to multiples of it
 _CLASSES = 91  # of COCO
 _BASE: dict[str, Any] = {"image_size": [800, 1344]}
+Looks = Callable[[int, int], tuple[int, int]]  # height and width of frames to those at which they are looked at
 # Arguments of YolosConfig, by parts of the checkpoint's name; the rest is as in yolos-base.
 _SIZES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 768, "image_size": [800, 1333],
@@ -57,7 +60,8 @@ class Config(ImageConfig):
     )
     height: int = option(
         0,
-        "Height in pixels at which frames are looked at; 0: the detector's own fixed size, else 512.",
+        "Height in pixels at which frames are looked at, 512 in the published code; 0: the size to which the "
+        "detector's own processor brings them, for yolos-base 800 pixels on the short side.",
         low=0,
         high=4096,
     )
@@ -74,8 +78,8 @@ def build(config: Config, locate: Callable[[str], Path] = embedded) -> Yolos:
     check(config)
     folder = locate(config.checkpoint)
     model = load_frozen(YolosForObjectDetection, folder, DTYPES[config.dtype], "YOLOS detector")
-    size = (config.height, None) if config.height else _own_size(folder)
-    return Yolos(config, model, _class_index(model.config.id2label, config.target), size)
+    looks = partial(by_height, config.height) if config.height else _as_processor(folder)
+    return Yolos(config, model, _class_index(model.config.id2label, config.target), looks)
 
 
 def full_size(config: Config) -> Yolos:
@@ -83,19 +87,17 @@ def full_size(config: Config) -> Yolos:
     check(config)
     told = YolosConfig(**size_of(config.checkpoint, _SIZES, _BASE), num_labels=_CLASSES)
     model = empty_from(YolosForObjectDetection, told, DTYPES[config.dtype])
-    return Yolos(config, model, 0, (config.height or _PUBLISHED_HEIGHT, None))
+    return Yolos(config, model, 0, partial(by_height, config.height) if config.height else by_short_side)
 
 
 class Yolos(PerFrameReward):
-    """target: index of the class; size: height and width at which frames are looked at, None: as the frame's shape."""
+    """target: index of the class; looks: at what size it looks at frames of a size."""
 
-    def __init__(
-        self, config: Config, model: YolosForObjectDetection, target: int, size: tuple[int, int | None]
-    ) -> None:
+    def __init__(self, config: Config, model: YolosForObjectDetection, target: int, looks: Looks) -> None:
         super().__init__("yolos", config, [model])
         self.model = model
         self.target = target
-        self.size = size
+        self.looks = looks
         self.antialias = config.antialias
         self.remove = config.mode == "remove"
 
@@ -114,17 +116,11 @@ class Yolos(PerFrameReward):
 
     def probabilities(self, images_NCHW: Tensor) -> Tensor:
         """[N, queries, classes + 1]; the last class is no object."""
-        height, width = self._fitted(*images_NCHW.shape[-2:])
+        patch = self.model.config.patch_size
+        height, width = (max(patch, side) for side in self.looks(*images_NCHW.shape[-2:]))
         fitted = resize(images_NCHW, height, width, antialias=self.antialias, mode="bilinear")
         pixels = normalise(fitted, IMAGENET_NORM).to(self.model.device, self.model.dtype)
         return widened(self.model(pixel_values=pixels).logits).softmax(-1)
-
-    def _fitted(self, height: int, width: int) -> tuple[int, int]:
-        """The size to look at: whole patches."""
-        patch = self.model.config.patch_size
-        goal, fixed = self.size
-        wide = fixed or goal * width / height
-        return max(1, round(goal / patch)) * patch, max(1, round(wide / patch)) * patch
 
     def _wanted(self, present_N: Tensor) -> Tensor:
         return 1 - present_N if self.remove else present_N
@@ -155,13 +151,34 @@ def _class_index(labels: dict[int, str], name: str) -> int:
     return known[wanted]
 
 
-def _own_size(folder: Path) -> tuple[int, int | None]:
-    """The fixed size that the folder's preprocessor names; a rule on the short side gives way to the published 512."""
+def by_height(goal: int, height: int, width: int) -> tuple[int, int]:
+    """The published size: `goal` pixels high; the network leaves out the rest of a patch at the right."""
+    return goal, goal * width // height
+
+
+def by_short_side(height: int, width: int, short: int = 800, longest: float = 1333) -> tuple[int, int]:
+    """As YolosImageProcessor: the short side is `short`, less where the long one would be above `longest`."""
+    old_short, old_long = sorted((height, width))
+    exact = min(short, longest * old_short / old_long)
+    near, far = round(exact), int(exact * old_long / old_short)
+    if near == height <= width:  # it leaves such pictures as they are, even a little above `longest`
+        far = width
+    near, far = near - near % _CELL, far - far % _CELL
+    return (near, far) if height <= width else (far, near)
+
+
+def _as_processor(folder: Path) -> Looks:
+    """What the folder's preprocessor is configured to; without one the published 512."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
-        return _PUBLISHED_HEIGHT, None
+        return partial(by_height, _PUBLISHED_HEIGHT)
     with reading("preprocessor configuration", path):
-        size: Any = json.loads(path.read_text(encoding="utf-8")).get("size")
-        if isinstance(size, dict) and {"height", "width"} <= size.keys():
-            return int(size["height"]), int(size["width"])
-    return _PUBLISHED_HEIGHT, None
+        told = json.loads(path.read_text(encoding="utf-8"))
+        size: Any = told.get("size", {})
+        if not isinstance(size, dict):  # as in older files
+            size = {"shortest_edge": size, "longest_edge": told.get("max_size")}
+        if {"height", "width"} <= size.keys():
+            fixed = int(size["height"]), int(size["width"])
+            return lambda height, width: fixed
+        limits = {"short": size.get("shortest_edge"), "longest": size.get("longest_edge")}
+        return partial(by_short_side, **{name: int(limit) for name, limit in limits.items() if limit})
