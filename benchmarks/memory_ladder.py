@@ -115,10 +115,10 @@ def main() -> None:
             if options.measure and "measured" not in found:
                 found["measured"] = _told(_measured(subject, config, memory))
             known["versions"] = {"torch": torch.__version__, "machine": platform.machine()}
+            known["rows"] = {name: known["rows"][name] for name in SUBJECTS if name in known["rows"]}
             write_text(path, json.dumps(known, indent=1) + "\n")
-    found = {name: known["rows"][name] for name in SUBJECTS if name in known["rows"]}
-    write_text(RESULTS / "memory_ladder.md", page(found))
-    picture(found, RESULTS / "memory_ladder.png")
+    write_text(RESULTS / "memory_ladder.md", page(known["rows"]))
+    picture(known["rows"], RESULTS / "memory_ladder.png")
 
 
 def made(subject: Subject) -> tuple[VideoModel, Reward]:
@@ -180,7 +180,7 @@ def picture(rows: Mapping[str, Any], path: Path) -> None:
     for axis, (name, rungs) in zip(axes if len(rows) > 1 else [axes], rows.items(), strict=True):
         peaks = [found["estimated"]["peak"] / 1e9 for found in rungs.values()]
         bars = axis.bar(range(len(peaks)), peaks, color="#4878a8")
-        axis.bar_label(bars, [f"{peak:.1f}" for peak in peaks])
+        axis.bar_label(bars, [f"{peak:.0f}" if peak >= 100 else f"{peak:.1f}" for peak in peaks])
         if (limit := SUBJECTS[name].bar) is not None:
             axis.axhline(limit, color="#c44", linestyle="--", linewidth=1)
         axis.set_xticks(range(len(peaks)), list(rungs), rotation=40, ha="right", fontsize=8)
