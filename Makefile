@@ -19,7 +19,7 @@ families: $(READY)
 rewards: $(READY)
 	$(BIN)/python -m vader_nodes.tools.rewards_measured
 
-# Takes long, about an hour; each keeps the rows that are there, so that it can be stopped and run again.
+# Takes hours; each keeps the rows that are there, so that it can be stopped and run again.
 bench: $(READY)
 	$(BIN)/python -m vader_nodes.benchmarks.memory_ladder
 	$(BIN)/python -m vader_nodes.benchmarks.step_time

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..vader_backend import hub, registry
+from ..vader_backend.config import InputError
+from ..vader_backend.loading import SUFFIXES
 from ..vader_backend.models.base import VideoModel
 from . import device, host, schema
 from .sources import AUTO, PARTS, checkpoints, configured, family, locate, part, parts
@@ -54,18 +57,28 @@ class VaderLoadVideoModel:
         return schema.verdict(lambda: _check(checkpoint, hub_id, chosen))
 
     def load(self, checkpoint: str, hub_id: str = "", unique_id: str | None = None, **values: Any) -> tuple[VideoModel]:
-        path = download(hub_id, unique_id) if hub_id else locate(checkpoint)
+        path = download(hub_id, unique_id, accept=family) if hub_id else locate(checkpoint)
         module = family(path)
         config = configured(module, path, values)
         with device.training_mode():
             return (module.build(config),)
 
 
-def download(repository: str, node_id: str | None, category: str = "diffusers") -> Path:
+def download(
+    repository: str,
+    node_id: str | None,
+    category: str = "diffusers",
+    accept: Callable[[Path], object] = lambda folder: None,
+) -> Path:
     """The folder of a category of models that holds a repository, which is downloaded unless it is there already.
 
+    What was put there by hand is taken where nothing can be downloaded.
+
+    Args:
+        accept: see `hub.download`.
+
     Raises:
-        InputError: it cannot be downloaded.
+        InputError: it cannot be downloaded, and is not there.
     """
     folder = host.folder(category) / repository
     with host.progress("Downloading", node_id) as show:
@@ -73,7 +86,18 @@ def download(repository: str, node_id: str | None, category: str = "diffusers") 
         def tell(done: int, total: int) -> None:
             show(done, total, f"{done / 1e9:.2f} of {total / 1e9:.2f} GB of {repository}")
 
-        return hub.download(repository, folder, on_progress=tell)
+        try:
+            return hub.download(repository, folder, on_progress=tell, accept=accept)
+        except InputError:
+            if not _filled(folder):
+                raise
+            return folder
+
+
+def _filled(folder: Path) -> bool:
+    """Whether a folder holds weights, and no download that was cut short."""
+    kinds = {path.suffix for path in folder.rglob("*")}
+    return not kinds.isdisjoint((*SUFFIXES, ".bin")) and ".incomplete" not in kinds
 
 
 def _check(checkpoint: str | None, hub_id: str | None, chosen: dict[str, str | None]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..vader_backend.config import InputError, option
 from ..vader_backend.generate import SampleConfig, VideoConfig, generate
+from ..vader_backend.loading import SUFFIXES
 from ..vader_backend.lora import LoraWeights, applied, load_lora
 from ..vader_backend.memory.options import MemoryConfig, tricks
 from ..vader_backend.models.base import VideoModel
@@ -91,10 +92,10 @@ class VaderApplyLoRASample:
         warn_long(model, chosen.texts)
         with ExitStack() as stack:
             stack.enter_context(device.training_mode())
+            weights = lora_file(lora_name) if lora is None else _own(lora)
             stack.enter_context(tricks(model, (), memory or automatic(), host.current().device()))
             stack.enter_context(device.workspace(residents(model)))
             show = stack.enter_context(host.progress("Sampling", unique_id))
-            weights = lora_file(lora_name) if lora is None else _own(lora)
             with applied(model, weights, choice.strength):
                 videos = generate(model, chosen.texts, config, video, images=chosen.images, on_step=_watch(show))
         return to_images(videos), chosen
@@ -102,7 +103,7 @@ class VaderApplyLoRASample:
 
 def lora_choices() -> list[str]:
     """What to offer where a LoRA file is chosen."""
-    return [NO_LORA, *host.files("loras", [".safetensors"])]
+    return [NO_LORA, *host.files("loras", SUFFIXES)]
 
 
 def check_lora(name: str | None) -> None:

@@ -88,6 +88,12 @@ def test_previews_count_only_where_there_are_any(small: ModelScope) -> None:
     assert seen.peak == max(seen.phases.values())
 
 
+def test_the_denoiser_makes_room_for_the_text_encoder(small: ModelScope) -> None:
+    whole, swapped = (predict(small, MemoryConfig(resident_gb=size)) for size in (0, 1e-6))
+    assert swapped.phases["encode"] == whole.phases["encode"]
+    assert swapped.resident < whole.resident
+
+
 def test_any_number_of_steps_needs_the_memory_of_one(mini: ModelScope) -> None:
     one, eight = (measure(mini, Judge(), settings(k=k), LEAN, CPU).peak for k in (1, 8))
     assert eight <= 1.15 * one

@@ -133,6 +133,33 @@ def test_the_node_downloads_a_model_and_loads_it(tmp_path: Path, monkeypatch: py
     assert "org/net" in VaderLoadVideoModel.INPUT_TYPES()["required"]["checkpoint"][0]
 
 
+@pytest.mark.usefixtures("address")
+def test_a_model_of_no_known_family_is_refused_before_its_weights_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Hub.files = {**FILES, "model_index.json": b'{"_class_name": "OtherPipeline"}'}
+    monkeypatch.setattr(host, "_alone", host.Alone(tmp_path))
+    with pytest.raises(InputError, match="net is of no known family"):
+        VaderLoadVideoModel().load("mini/modelscope", hub_id="org/net")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_what_was_put_there_by_hand_is_taken_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the refusal of a download says; what a download left unfinished is not."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(host, "_alone", host.Alone(tmp_path))
+    with pytest.raises(InputError, match="put its files into") as refused:
+        VaderLoadVideoModel().load("mini/modelscope", hub_id="org/net")
+    folder = tmp_path / "models" / "diffusers" / "org" / "net"
+    assert str(folder) in str(refused.value)
+    save_tiny(folder)
+    (model,) = VaderLoadVideoModel().load("mini/modelscope", hub_id="org/net")
+    assert model.name == "net"
+    (folder / "unet" / "next.incomplete").write_bytes(b"w")
+    with pytest.raises(InputError, match="cannot be downloaded"):
+        VaderLoadVideoModel().load("mini/modelscope", hub_id="org/net")
+
+
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.usefixtures("address")
 def test_a_reward_node_downloads_its_network_and_loads_it(

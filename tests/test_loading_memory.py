@@ -59,6 +59,19 @@ def test_converted_weights_are_those_of_the_library(kind: str, stored: str, dtyp
     assert {key: t.dtype for key, t in single.items()} == {key: t.dtype for key, t in expected.items()}
 
 
+@pytest.mark.parametrize("shard", ["10GB", "10KB"])
+@pytest.mark.parametrize("kind", ["wan", "t5"])
+def test_half_precision_is_taken_where_there_is_no_other(kind: str, shard: str, tmp_path: Path) -> None:
+    """Some repositories have nothing but model.fp16.safetensors, or shards of it."""
+    network: Any = tiny_transformer() if kind == "wan" else text_encoder(umt5=False)
+    cls: Any = WanTransformer3DModel if kind == "wan" else T5EncoderModel
+    network.half().save_pretrained(tmp_path, variant="fp16", max_shard_size=shard)
+    assert all(".fp16" in path.name for path in tmp_path.glob("*.safetensors"))
+    found = load_frozen(cls, tmp_path, torch.float32, "network").state_dict()
+    expected = network.state_dict()
+    assert all(torch.equal(found[key].float(), tensor.float()) for key, tensor in expected.items())
+
+
 def test_files_of_several_precisions_have_none(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2), "b": torch.zeros(2).half()}, tmp_path / "mixed.safetensors")
     save_file({"a": torch.zeros(2).half(), "b": torch.zeros(2).long()}, tmp_path / "half.safetensors")

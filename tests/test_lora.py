@@ -115,10 +115,10 @@ def test_training_goes_on_from_a_lora(model: ModelScope, trained: Path, tmp_path
 
 
 def test_files_that_are_no_lora_are_refused(trained: Path, tmp_path: Path) -> None:
-    pickle = tmp_path / "lora.pt"
-    pickle.write_bytes(b"\x80\x04K\x01.")
-    with pytest.raises(InputError, match="safetensors"):
-        load_lora(pickle)
+    for name, reason in (("lora.pt", "cannot be read"), ("lora.safetensors", "a pickle"), ("lora.txt", "ends in")):
+        (tmp_path / name).write_bytes(b"\x80\x04K\x01.")
+        with pytest.raises(InputError, match=reason):
+            load_lora(tmp_path / name)
     with pytest.raises(InputError, match="missing"):
         load_lora(tmp_path / "absent.safetensors")
     for cut in (0, 7, 100, trained.stat().st_size - 1):

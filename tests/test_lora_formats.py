@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import VIDEO, tiny_model
 from tiny_flow import original_shapes
@@ -17,6 +20,8 @@ from torch import Tensor, nn
 from vader_nodes.vader_backend.config import InputError
 from vader_nodes.vader_backend.lora import LoraConfig, LoraWeights, applied, attached, export, load_lora
 from vader_nodes.vader_backend.lora_formats import by_module
+from vader_nodes.vader_backend.memory.block_swap import frozen_weights
+from vader_nodes.vader_backend.memory.low_bit import STORAGES, low_bit
 from vader_nodes.vader_backend.models._ltx_keys import comfy_module as ltx_module
 from vader_nodes.vader_backend.models._wan_keys import comfy_module as wan_module
 from vader_nodes.vader_backend.models._wan_keys import transformer_config
@@ -175,6 +180,79 @@ def test_names_of_the_first_implementation_are_read() -> None:
     assert torch.equal(found[down], expected[down])
 
 
+def forward(network: nn.Module) -> Tensor:
+    rng = torch.Generator().manual_seed(3)
+    z, text, image = (torch.randn(size, generator=rng) for size in ((1, 16, 1, 4, 4), (1, 5, 16), (1, 257, 8)))
+    with torch.no_grad():
+        return network(z, torch.tensor([5.0]), text, image).sample
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_diffusers_files_have_the_scale_that_their_metadata_tell(tmp_path: Path, prefix: str, stabilised: bool) -> None:
+    """diffusers writes no alpha beside the weights, but peft's configuration into the metadata."""
+    network, model = tiny_wan().denoiser, tiny_wan()
+    plain = forward(network)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=16, alpha_pattern={"blocks.1.attn1.to_q": 2}, rank_pattern={"blocks.1.attn2.to_k": 2},
+        target_modules=list(TARGETS), init_lora_weights=False, use_rslora=stabilised,
+    )  # fmt: skip
+    network.add_adapter(config)
+    expected = forward(network)
+    network.save_lora_adapter(tmp_path, weight_name="lora.safetensors")
+    path = tmp_path / "lora.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {prefix + key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps({prefix + key: v for key, v in told.items()})})
+    with applied(model, load_lora(path)):
+        found = forward(model.denoiser)
+    assert (expected - plain).abs().max() > 0.1
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("told", "scale"), [('{"r": 3, "lora_alpha": 6}', 2.0), ("{", 1.0), ("[]", 1.0)])
+def test_finetrainers_metadata_tell_the_scale(tmp_path: Path, told: str, scale: float) -> None:
+    model = tiny_ltx()
+    lora = lora_of(model.denoiser, rank=3)
+    save_file(spelled(model, lora, "diffusers"), tmp_path / "lora.safetensors", {"lora_config": told})
+    found = by_module(model, load_lora(tmp_path / "lora.safetensors"), "")
+    for name, tensor in lora.items():
+        assert torch.equal(found[name], tensor * (scale if ".lora_B." in name else 1))
+
+
+def test_metadata_that_say_nothing_sensible_are_one_sentence(tmp_path: Path) -> None:
+    told = {"lora_adapter_metadata": '{"r": 3, "lora_alpha": null}'}
+    save_file(lora_of(tiny_ltx().denoiser), tmp_path / "lora.safetensors", told)
+    with pytest.raises(InputError, match=r"lora\.safetensors cannot be read"):
+        load_lora(tmp_path / "lora.safetensors")
+
+
+def test_published_vader_loras_have_the_scale_of_their_training(tmp_path: Path) -> None:
+    """They are pickles without an alpha, trained with peft's default of 8: .5 at rank 16, 1 at rank 8."""
+    model = tiny_wan()
+    for rank, scale, zipped in ((16, 0.5, True), (8, 1.0, True), (4, 2.0, False)):
+        lora = lora_of(model.denoiser, rank)
+        published = {f"base_model.model.model.diffusion_model.{name}": tensor for name, tensor in lora.items()}
+        torch.save(published, tmp_path / "vader_videocrafter.pt", _use_new_zipfile_serialization=zipped)
+        found = by_module(model, load_lora(tmp_path / "vader_videocrafter.pt"), "")
+        for name, tensor in lora.items():
+            assert torch.equal(found[name], tensor * (scale if ".lora_B." in name else 1))
+
+
+def test_a_convolution_takes_no_lora_of_another_kernel() -> None:
+    """Neither half is spread over a larger kernel, or over a layer of another kind."""
+    base = tiny_wan().denoiser.patch_embedding.weight
+    down, up = torch.ones(2, *base.shape[1:]), torch.ones(len(base), 2, 1, 1, 1)
+    sides = {"A": down, "B": up}
+    names = {side: f"patch_embedding.lora_{side}.weight" for side in sides}
+    assert set(by_module(tiny_wan(), {names[side]: sides[side] for side in "AB"}, "")) == set(names.values())
+    for side, wrong in (("A", down[..., :1]), ("A", down[:0]), ("B", up.expand(-1, -1, 1, 2, 2))):
+        assert "does not fit" in refusal({names[s]: wrong if s == side else sides[s] for s in "AB"})
+    norm = {f"blocks.0.norm2.lora_{side}.weight": torch.ones(3) for side in "AB"}
+    assert "does not fit" in refusal(norm)
+
+
 def refusal(tensors: Mapping[str, Tensor]) -> str:
     with pytest.raises(InputError) as caught:
         by_module(tiny_wan(), tensors, "another base model")
@@ -194,6 +272,7 @@ def test_what_does_not_fit_is_told_in_a_sentence() -> None:
     assert "another base model" in refusal({**lora, down: torch.zeros(3)})
     assert "not whole" in refusal({down: lora[down]})
     assert "not whole" in refusal({f"{module}.alpha": torch.tensor(1.0)})
+    assert "does not fit" in refusal({**lora, f"{module}.alpha": torch.ones(3)})
     assert "not whole" in refusal({down: lora[down], up: torch.zeros(len(lora[up]), 5)})
 
 
@@ -219,6 +298,36 @@ def test_a_kohya_file_acts_as_its_weights_say(tmp_path: Path) -> None:
         expected = model.predict(z, 500, dict(cond))
     assert (expected - base).abs().max() > 1e-3
     assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_lora_goes_onto_weights_in_few_bits(tmp_path: Path, storage: str) -> None:
+    """For sampling and as a start of a training, on matrices and kernels of blocks: as onto weights so rounded."""
+    model = tiny_model(tmp_path, torch.float32)
+    rng, lora = torch.Generator().manual_seed(2), {}
+    for name, layer in model.denoiser.down_blocks.named_modules(prefix="down_blocks"):
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
+            shape = layer.weight.shape
+            lora[f"{name}.lora_A.weight"] = 0.1 * torch.randn(2, *shape[1:], generator=rng)
+            lora[f"{name}.lora_B.weight"] = torch.randn(shape[0], 2, *[1] * (len(shape) - 2), generator=rng)
+    assert {tensor.ndim for tensor in lora.values()} == {2, 4, 5}
+    z, cond = torch.randn(1, 4, 3, 4, 4, generator=rng), dict(model.encode(["x"], VIDEO).positive)
+
+    def predictions() -> list[Tensor]:
+        with torch.no_grad(), applied(model, LoraWeights(lora)):
+            found = model.predict(z, 500, cond)
+        with torch.no_grad(), attached(model, LoraConfig(), seed=0, start=LoraWeights(lora)):
+            return [model.predict(z, 500, cond), found]
+
+    with low_bit(model, storage):
+        found = predictions()
+    for block in model.blocks:
+        for layer, name, weight in list(frozen_weights(block)):
+            if weight.ndim > 1:
+                pack = STORAGES[storage](weight)
+                layer._parameters[name] = nn.Parameter(pack.unpack(pack.data, pack.scale), requires_grad=False)
+    for ours, expected in zip(found, predictions(), strict=True):
+        assert (ours - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("item", ["wan2.1 t2v 1.3B", "wan2.1 i2v 14B", "wan2.2 ti2v 5B"])

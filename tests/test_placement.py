@@ -195,3 +195,19 @@ def test_autoencoder_and_rewards_wait_in_main_memory_while_videos_are_denoised(m
     model.moves.clear()
     model.predict()
     assert model.moves == [("predict", "")]
+
+
+def test_what_waited_in_main_memory_does_not_lie_on_the_device_after_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order of `align`: the tricks first, then the workspaces, which are left first."""
+    monkeypatch.setattr(host.Alone, "device", lambda self: THERE)
+    model = Model()
+    reward = Network("reward", model.moves)
+    with (
+        idle_offload(model, [reward], THERE),  # type: ignore[arg-type]
+        device.workspace(residents(model)),  # type: ignore[arg-type]
+        device.workspace([reward]),
+    ):
+        model.predict()
+        model.decode()
+        assert [model.vae.place, reward.place] == [THERE, THERE]
+    assert [model.denoiser.place, model.vae.place, reward.place] == [HERE, HERE, HERE]

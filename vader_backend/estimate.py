@@ -22,7 +22,7 @@ from .memory.options import MemoryConfig, tricks
 from .memory.tracker import MemoryTracker, tensors_of
 from .models.base import VideoModel
 from .objectives.base import Batch
-from .placement import lent, residents
+from .placement import PROMPTS_AT_A_TIME, lent, residents
 from .prompts import PromptSet
 from .registry import load
 from .rewards.base import Reward
@@ -104,16 +104,17 @@ def _step(
 ) -> Estimate:
     """One step in the order in which `align` places networks; `host` is main memory."""
     size = settings.train.batch_size
+    count = max(size, PROMPTS_AT_A_TIME)
     video = settings.video.resolve(model)
     from_images = "image_encoder" in model.parts()
-    images = tuple(torch.zeros(3, video.height, video.width) for _ in range(size)) if from_images else ()
-    prompts = PromptSet(("a video",) * size, (), images)
+    images = tuple(torch.zeros(3, video.height, video.width) for _ in range(count)) if from_images else ()
+    prompts = PromptSet(("a video",) * count, (), images)
     with ExitStack() as stack:
         stack.enter_context(tricks(model, reward.networks(), memory, device, host))
         stack.enter_context(_watched(model, tracker))
         stack.enter_context(tracker)
         stack.enter_context(_placed(residents(model), device, tracker))
-        with tracker.phase("encode"):
+        with _encoding(model, device, tracker):
             objective = load("objectives", settings.method).build(
                 _shortened(settings.objective, model), model, _Watched(reward, tracker), prompts, video, seed=0
             )
@@ -141,6 +142,21 @@ def _step(
 def _placed(networks: Sequence[nn.Module], device: torch.device, tracker: MemoryTracker) -> Iterator[None]:
     with lent(networks, device):
         tracker.add(tensors_of(networks))
+        yield
+
+
+@contextmanager
+def _encoding(model: VideoModel, device: torch.device, tracker: MemoryTracker) -> Iterator[None]:
+    """The phase in which `placement.encode` has the encoders on the device, and the denoiser on the CPU.
+
+    Where the device is a CPU, or is named so, they are counted as if that were another place.
+    """
+    encoders = [network for name, network in model.parts().items() if name not in ("denoiser", "vae")]
+
+    def here(networks: Sequence[nn.Module]) -> list[Tensor]:
+        return [tensor for tensor in tensors_of(networks) if tensor.device.type == device.type == "cpu"]
+
+    with tracker.swapped(here([model.denoiser]), here(encoders)), tracker.phase("encode"):
         yield
 
 

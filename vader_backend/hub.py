@@ -23,6 +23,7 @@ from .config import InputError
 _KINDS = (".json", ".safetensors", ".txt", ".model")
 _PICKLED = re.compile(r"(.*/)?pytorch_model[^/]*\.bin")  # of transformers; only its tensors are read
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_INDEX = "model_index.json"
 _DONE = ".vader_downloaded.json"
 _POLL_SECONDS = 0.5
 _WORKER = Path(__file__).with_name("_hub_download.py")
@@ -39,10 +40,13 @@ def download(
     folder: Path,
     *,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    accept: Callable[[Path], object] = lambda folder: None,
 ) -> Path:
     """Bring a repository's files into `folder`, unless they are there already.
 
     Args:
+        accept: asked, where the repository is a diffusers folder, once its configurations are there; what it raises
+            stops the download.
         on_progress: told the bytes that are there and the bytes in all, twice a second; what it raises stops the
             download, which goes on from there the next time.
 
@@ -58,7 +62,14 @@ def download(
     revision, sizes = _listed(repository, folder)
     total = sum(sizes.values())
     require_space(folder, total - _present(folder, sizes))
-    _fetch(repository, revision, folder, sizes, lambda: on_progress(min(_present(folder, sizes), total), total))
+
+    def report() -> None:
+        on_progress(min(_present(folder, sizes), total), total)
+
+    if _INDEX in sizes:
+        _fetch(repository, revision, folder, [name for name in sizes if name.endswith(".json")], report)
+        accept(folder)
+    _fetch(repository, revision, folder, sizes, report)
     write_text(folder / _DONE, json.dumps({"repository": repository, "revision": revision}) + "\n")
     return folder
 
@@ -100,13 +111,13 @@ def _wanted(name: str, files: Collection[str]) -> bool:
         return False
     if not pickled and not name.endswith(_KINDS):
         return False
-    if name.endswith(".safetensors") and "model_index.json" in files and "/" not in name:
+    if name.endswith(".safetensors") and _INDEX in files and "/" not in name:
         return False
     return ".fp16." not in name or name.replace(".fp16.", ".") not in files
 
 
-def _fetch(repository: str, revision: str, folder: Path, sizes: dict[str, int], report: Callable[[], None]) -> None:
-    given = {"repository": repository, "revision": revision, "folder": str(folder), "files": sorted(sizes)}
+def _fetch(repository: str, revision: str, folder: Path, files: Collection[str], report: Callable[[], None]) -> None:
+    given = {"repository": repository, "revision": revision, "folder": str(folder), "files": sorted(files)}
     command = [sys.executable, str(_WORKER), json.dumps(given)]
     quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     with TemporaryFile("w+") as said, subprocess.Popen(command, stdout=said, stderr=said, env=quiet) as process:  # noqa: S603

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from accelerate import init_empty_weights
@@ -70,7 +71,8 @@ def reading(what: str, folder: Path) -> Iterator[None]:
     except _UNREADABLE as error:
         raise checkpoint_error(what, folder, error) from error
     except Exception as error:
-        if type(error).__module__.startswith(("safetensors", "json", "tokenizers", "huggingface_hub")):
+        plain = type(error) is Exception  # of the tokenizers library
+        if plain or type(error).__module__.startswith(("safetensors", "json", "tokenizers", "huggingface_hub")):
             raise checkpoint_error(what, folder, error) from error
         raise
 
@@ -91,11 +93,19 @@ def _reason(error: Any) -> str:
     return " ".join(said[0].partition(". ")[0].split())[:200].rstrip(".")
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a .json file. Raises OSError or ValueError where there are none."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path.name} holds no settings")
+    return settings
+
+
 def names_pipeline(folder: Path, pipelines: Collection[str]) -> bool:
     """Whether a folder's model_index.json names one of these diffusers pipelines."""
     try:
-        return json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("_class_name") in pipelines
-    except (OSError, ValueError, AttributeError):
+        return read_config(folder / "model_index.json").get("_class_name") in pipelines
+    except (OSError, ValueError):
         return False
 
 
@@ -138,8 +148,10 @@ def _source(cls: Any, folder: Path, what: str) -> tuple[dict[str, Any], torch.dt
     with reading(what, folder):
         _refuse_other_kind(cls, folder)
         if files:
-            whole = (file for file in files if "." not in file.stem)  # not a variant as .fp16
-            return {"pretrained_model_name_or_path": folder, "use_safetensors": True}, stored_dtype(whole)
+            whole = [file for file in files if "." not in file.stem]
+            variant = None if whole else files[0].stem.partition(".")[2].partition("-")[0]  # such as fp16
+            given = {"pretrained_model_name_or_path": folder, "use_safetensors": True, "variant": variant}
+            return given, stored_dtype(whole or files)
         config = cls.config_class.from_pretrained(folder, local_files_only=True)
     found = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
     given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
@@ -237,7 +249,7 @@ def _safetensors(path: Path, what: str) -> dict[str, Any]:
 def _pickled(path: Path, what: str) -> dict[str, Any]:
     with reading(what, path):
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         except pickle.UnpicklingError as error:
             raise ValueError("it is no PyTorch file, or holds more than tensors and could run code") from error
     for wrapper in ("state_dict", "module", "model"):
@@ -272,8 +284,9 @@ def build_frozen(
         what, source, missing=wanted.keys() - tensors.keys(), unknown=tensors.keys() - wanted.keys(),
         misshapen=(key for key in wanted.keys() & tensors.keys() if wanted[key].shape != tensors[key].shape),
     )  # fmt: skip
-    own = {key: converted(value, chosen(key, dtype, kept)) for key, value in tensors.items()}
-    module.load_state_dict(own, assign=True)
+    with reading(what, source):
+        own = {key: converted(value, chosen(key, dtype, kept)) for key, value in tensors.items()}
+        module.load_state_dict(own, assign=True)
     return module.eval().requires_grad_(False)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from .checkpoint import atomic_path
 from .config import InputError, option
-from .loading import opened
-from .lora_formats import Layout, by_module, file_key, holds_lora
+from .loading import opened, read_tensors, reading
+from .lora_formats import Layout, by_module, file_key, holds_lora, with_alphas
 from .models.base import VideoModel
 
 _ADAPTER = "vader"
@@ -98,21 +98,19 @@ def save_lora(path: Path, weights: LoraWeights) -> None:
 
 
 def load_lora(path: Path) -> LoraWeights:
-    """Read a LoRA file.
+    """Read a LoRA file; of a pickle, as the published VADER LoRAs are, nothing but tensors (weights_only=True).
 
     Raises:
-        InputError: it is missing, truncated, a pickle, or holds no LoRA.
+        InputError: it is missing, truncated, of another kind than its name says, or holds no LoRA.
     """
-    if path.suffix != ".safetensors":
-        raise InputError(f"The LoRA {path.name} is not a .safetensors file; pickles are not loaded. Convert it first.")
-    if not path.is_file():
-        raise InputError(f"The LoRA {path.name} is missing; there is no file {path}.")
-    with opened(path, "LoRA") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = dict(file.metadata() or {})
+    tensors, metadata = read_tensors(path, "LoRA"), {}
+    if path.suffix == ".safetensors":
+        with opened(path, "LoRA") as file:
+            metadata = dict(file.metadata() or {})
     if not holds_lora(tensors):
         raise InputError(f"{path.name} holds no LoRA weights (such as a key ending in .lora_A.weight); choose another.")
-    return LoraWeights(tensors, metadata)
+    with reading("LoRA", path):
+        return LoraWeights(with_alphas(tensors, metadata), metadata)
 
 
 @contextmanager

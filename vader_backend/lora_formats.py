@@ -5,12 +5,13 @@ Sources: the loaders of diffusers, peft, kohya-ss/sd-scripts and ComfyUI (comfy/
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import InputError, suggest
 from .models.base import VideoModel
@@ -32,6 +33,9 @@ _PREFIXES = (
     "lora_transformer_",
 )
 _TEXT_ENCODER = ("lora_te", "text_encoder", "te1.", "te2.")
+_CONFIGURATIONS = ("lora_adapter_metadata", "lora_config")  # metadata of diffusers and of finetrainers
+_PUBLISHED = "base_model.model.model.diffusion_model."  # the VADER LoRAs, whose alpha was peft's own
+_PUBLISHED_ALPHA = 8.0
 
 
 def file_key(model: VideoModel, name: str, layout: Layout) -> str:
@@ -54,6 +58,39 @@ def holds_lora(keys: Iterable[str]) -> bool:
     return any((found := _ENTRY.fullmatch(key)) is not None and found["module"] for key in keys)
 
 
+def with_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """A file's tensors, with `<module>.alpha` for every module where only the metadata tell alpha, or nothing does.
+
+    diffusers and finetrainers write peft's configuration into the metadata. The published VADER LoRAs tell nothing.
+    """
+    config = _configuration(metadata)
+    if not config and all(key.startswith(_PUBLISHED) for key in tensors):
+        config = {"lora_alpha": _PUBLISHED_ALPHA}
+    if "lora_alpha" not in config or any(key.endswith(".alpha") for key in tensors):
+        return dict(tensors)
+    patterns, alphas = config.get("alpha_pattern") or {}, {}
+    for key, tensor in tensors.items():
+        found = _ENTRY.fullmatch(key)
+        if found is not None and found["down"]:
+            own = (value for name, value in patterns.items() if re.fullmatch(rf"(.*\.)?({name})", found["module"]))
+            alpha = next(own, config["lora_alpha"])
+            root = len(tensor) ** 0.5 if config.get("use_rslora") else 1.0
+            alphas[f"{found['module']}.alpha"] = torch.tensor(float(alpha) * root)
+    return {**tensors, **alphas}
+
+
+def _configuration(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """peft's configuration in a file's metadata, without the name of the network before each setting; else empty."""
+    for name in _CONFIGURATIONS:
+        try:
+            found = json.loads(metadata.get(name, "null"))
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return {k.rpartition(".")[2]: v for k, v in found.items() if not k.startswith(_TEXT_ENCODER)}
+    return {}
+
+
 def by_module(model: VideoModel, tensors: Mapping[str, Tensor], made_for: str) -> dict[str, Tensor]:
     """The content of a LoRA file under the denoiser's own module names, with alpha / rank multiplied into B.
 
@@ -66,19 +103,16 @@ def by_module(model: VideoModel, tensors: Mapping[str, Tensor], made_for: str) -
     Raises:
         InputError: a key is no LoRA's, belongs to no module of the denoiser, or has the wrong shape.
     """
-    modules = dict(model.denoiser.named_modules())
-    weights = {
-        name: module.weight for name, module in modules.items() if isinstance(getattr(module, "weight", None), Tensor)
-    }
-    names = _names(model, weights)
+    shapes = {name: shape for name, module in model.denoiser.named_modules() if (shape := _shape(module))}
+    names = _names(model, shapes)
     result: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
     for key, tensor in tensors.items():
         name, side = _entry(key)
         module = _module(model, name, names)
-        if module is not None and side == "alpha":
+        if module is not None and side == "alpha" and tensor.numel() == 1:
             alphas[module] = float(tensor)
-        elif module is not None and _fits(weights[module], side, tensor):
+        elif module is not None and side != "alpha" and _fits(shapes[module], side, tensor):
             result[f"{module}.lora_{side}.weight"] = tensor
         else:
             raise InputError(
@@ -123,10 +157,22 @@ def _module(model: VideoModel, name: str, names: Mapping[str, str]) -> str | Non
     return names[name]
 
 
-def _fits(base: Tensor, side: str, tensor: Tensor) -> bool:
-    if tensor.ndim != base.ndim:
+def _shape(layer: nn.Module) -> tuple[int, ...]:
+    """[out, in, ...] of a linear layer or convolution, also while its weight is held in few bits; else empty."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size
+    return ()
+
+
+def _fits(base: tuple[int, ...], side: str, tensor: Tensor) -> bool:
+    """Whether a half belongs to a layer of that shape: the first has its kernel, the second is of width 1."""
+    if tensor.ndim != len(base) or not tensor.numel():
         return False
-    return tensor.shape[1] == base.shape[1] if side == "A" else tensor.shape[0] == base.shape[0]
+    if side == "A":
+        return tensor.shape[1:] == base[1:]
+    return len(tensor) == base[0] and set(tensor.shape[2:]) <= {1}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .models.base import VideoModel
 from .types import Conditioning, VideoSpec
 
-_PROMPTS_AT_A_TIME = 8
+PROMPTS_AT_A_TIME = 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def encode(
     encoders = [network for name, network in model.parts().items() if name not in ("denoiser", "vae")]
     if images is not None:
         encoders.append(model.parts()["vae"])
-    size = 1 if images is not None and len(images) == len(prompts) else _PROMPTS_AT_A_TIME
+    size = 1 if images is not None and len(images) == len(prompts) else PROMPTS_AT_A_TIME
     groups = [slice(start, start + size) for start in range(0, max(len(prompts), 1), size)]
     with lent([model.denoiser], "cpu"), lent(encoders, device):
         parts = [

@@ -19,6 +19,7 @@ from tiny import Brightness
 from tiny_families import VARIANTS, Tiny
 from torch import Tensor, nn
 from vader_nodes.vader_backend.lora import LoraConfig, attached
+from vader_nodes.vader_backend.memory import low_bit as packing
 from vader_nodes.vader_backend.memory import sliced_decode
 from vader_nodes.vader_backend.memory.block_swap import block_swap
 from vader_nodes.vader_backend.memory.gradient_checkpointing import gradient_checkpointing
@@ -343,6 +344,24 @@ def test_low_bit_storage_is_near_and_small(storage: str, error: float, share: fl
     assert (unpacked - weight).norm() < error * weight.norm()
     assert pack.data.nbytes + pack.scale.nbytes < share * weight.nbytes
     assert torch.equal(STORAGES[storage](unpacked).unpack(pack.data, pack.scale), unpacked)
+
+
+@pytest.mark.parametrize("size", [2e-2, 2e-4, 2e-5])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_bit_storage_is_as_near_in_half_precision_and_for_small_weights(dtype: torch.dtype, size: float) -> None:
+    weight = (torch.randn(64, 512, generator=torch.Generator().manual_seed(0)) * size).to(dtype)
+    for storage, error in (("float8", 0.03), ("nf4", 0.1)):
+        pack = STORAGES[storage](weight)
+        unpacked = pack.unpack(pack.data, pack.scale)
+        assert unpacked.dtype == dtype
+        assert (unpacked.float() - weight.float()).norm() < error * weight.float().norm(), storage
+
+
+def test_unpacking_copies_nothing_to_the_device_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack = STORAGES["nf4"](torch.randn(4, 64))
+    wanted = pack.unpack(pack.data, pack.scale)
+    monkeypatch.setattr(packing, "quantiles", None)
+    assert torch.equal(pack.unpack(pack.data, pack.scale), wanted)
 
 
 # --- undone ----------------------------------------------------------------------------------

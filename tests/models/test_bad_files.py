@@ -238,3 +238,39 @@ def test_a_truncated_original_is_one_sentence(models: Path) -> None:
         VaderLoadVideoModel().load("checkpoints/videocrafter2.ckpt")
     assert "\n" not in str(caught.value)
     file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("modelscope/tokenizer/vocab.json", "<html>"),
+        ("modelscope/scheduler/scheduler_config.json", "null"),
+        ("svd/feature_extractor/preprocessor_config.json", "[]"),
+        ("wan/scheduler/scheduler_config.json", "null"),
+        ("ltx/scheduler/scheduler_config.json", "3"),
+        ("opensora/vae/config.json", "null"),
+    ],
+)
+def test_a_bad_configuration_is_one_sentence(models: Path, file: str, content: str) -> None:
+    path = models / "diffusers" / "tiny" / file
+    whole = path.read_bytes()
+    path.write_text(content)
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        VaderLoadVideoModel().load(f"tiny/{file.partition('/')[0]}")
+    assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
+
+
+def test_unknown_weights_beside_the_t5_encoder_are_told(models: Path) -> None:
+    """Of a whole T5 the decoder is left out; what is neither is not."""
+    file = models / "diffusers" / "tiny" / "opensora" / "text_encoder" / "model.safetensors"
+    whole = file.read_bytes()
+    for name in ("decoder.block.0.layer.0.layer_norm.weight", "surplus.weight"):
+        tensors = {**load(whole), name: torch.zeros(1)}
+        file.unlink()
+        save_file(tensors, file)
+        if name.startswith("decoder."):
+            VaderLoadVideoModel().load("tiny/opensora")
+    with pytest.raises(InputError, match=r"weights unknown: 1, such as surplus\.weight"):
+        VaderLoadVideoModel().load("tiny/opensora")
+    renew(file, whole)

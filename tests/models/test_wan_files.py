@@ -139,6 +139,17 @@ def test_half_of_a_two_expert_model_is_refused(files: dict[str, str], tmp_path: 
         wan.build(Config(**files | {"folder": str(tmp_path / "high.safetensors")}))
 
 
+@pytest.mark.parametrize(("channels", "images"), [(48, True), (32, True), (32, False), (52, False)])
+def test_a_variant_for_control_is_refused(files: dict[str, str], tmp_path: Path, channels: int, images: bool) -> None:
+    """48 channels with images: Wan 2.1 Fun Control, which is no Wan 2.2 5B."""
+    image = {"image_dim": 160, "added_kv_proj_dim": 128} if images else {}
+    transformer = tiny_transformer(head_dim=128, num_attention_heads=1, in_channels=channels, **image)
+    names = wan_names("wan2.1 i2v 14B" if images else "wan2.1 t2v 1.3B", 2)
+    save_file(original_state(transformer, names), tmp_path / "control.safetensors")
+    with pytest.raises(InputError, match=f"takes {channels} channels"):
+        wan.build(Config(**files | {"folder": str(tmp_path / "control.safetensors")}))
+
+
 def test_the_tokenizer_inside_a_text_encoder_file_is_used(files: dict[str, str], tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     model = io.BytesIO()

@@ -39,6 +39,7 @@ def block_swap(
             swapped.append((block, weights))
     fetcher = _Fetcher([weights for _, weights in swapped], device, torch.device(host))
     with ExitStack() as stack:
+        stack.callback(fetcher.settle)
         for i, (block, weights) in enumerate(swapped):
             stack.enter_context(wrapped(block, "forward", Depth.FETCH, partial(_fetching, fetcher, i)))
             stack.callback(_put, weights)
@@ -77,7 +78,11 @@ def _fetching(fetcher: _Fetcher, i: int, forward: Callable[..., Any]) -> Callabl
 
 
 class _Fetcher:
-    """Copies the weights of block after block, in the direction in which they were last asked for."""
+    """Copies the weights of block after block, in the direction in which they were last asked for.
+
+    Memory for copies is taken and given back in the order of the computing stream. Were it the copying stream's,
+    which runs ahead, it could not be used again before the computation is done, and blocks would pile up.
+    """
 
     def __init__(self, blocks: Sequence[Weights], device: torch.device, host: torch.device) -> None:
         self.blocks = blocks
@@ -99,11 +104,7 @@ class _Fetcher:
 
     def lend(self, i: int) -> None:
         weights = self.ahead.pop(i, None) or self._fetch(i)
-        self.ahead.clear()
-        if self.stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.stream)
-            for tensor in weights:
-                tensor.record_stream(torch.cuda.current_stream(self.device))
+        self.settle()
         for (module, name, _), tensor in zip(self.blocks[i], weights, strict=True):
             module._parameters[name] = tensor  # type: ignore[assignment]
         following = i + 1 if i >= self.last else i - 1
@@ -111,6 +112,17 @@ class _Fetcher:
         if self.stream is not None and 0 <= following < len(self.blocks):
             self.ahead = {following: self._fetch(following)}
 
+    def settle(self) -> None:
+        """The computation waits for the copies under way; those that nobody asked for go."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        self.ahead.clear()
+
     def _fetch(self, i: int) -> list[Tensor]:
-        with torch.cuda.stream(self.stream) if self.stream is not None else torch.no_grad():
-            return [home.detach().to(self.device, non_blocking=True) for *_, home in self.blocks[i]]
+        homes = [home.detach() for *_, home in self.blocks[i]]
+        if self.stream is None:
+            return [home.to(self.device) for home in homes]
+        copies = [torch.empty_like(home, device=self.device) for home in homes]
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # whose memory the copies may be
+        with torch.cuda.stream(self.stream):
+            return [copy.copy_(home, non_blocking=True) for copy, home in zip(copies, homes, strict=True)]

@@ -35,6 +35,7 @@ def graph_offload(
         for module in (module for network in networks for module in network.modules()):
             if any(True for _ in module.parameters(recurse=False)):
                 stack.callback(module.register_forward_pre_hook(shelf.leave).remove)
+        stack.callback(shelf.settle)
         stack.enter_context(saved_tensors_hooks(shelf.put, shelf.take))
         yield
 
@@ -60,6 +61,13 @@ class _View(NamedTuple):
 
 
 class _Shelf:
+    """Copies tensors to the host and back.
+
+    moving: those that a copy under way reads or writes. They belong to the computing stream, and may go once it has
+    waited; were they left to the copying stream instead, their memory would be of no use before the computation, which
+    the program runs far ahead of, has come so far.
+    """
+
     def __init__(self, host: torch.device, smallest: int) -> None:
         self.host = host
         self.smallest = smallest
@@ -67,6 +75,7 @@ class _Shelf:
         self.known: weakref.WeakValueDictionary[tuple[int, torch.dtype], _Stored] = weakref.WeakValueDictionary()
         self.newest: weakref.ref[_Stored] | None = None
         self.stream: torch.cuda.Stream | None = None
+        self.moving: list[Tensor] = []
 
     def leave(self, module: nn.Module, inputs: object) -> None:
         """Before a module runs: its weights, wherever they were fetched to, are not to be put here."""
@@ -88,11 +97,12 @@ class _Shelf:
 
     def _store(self, tensor: Tensor) -> _Stored:
         whole = tensor.detach().as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,), 0)
+        self.settle(tensor.device)
         with self._beside(tensor.device):
             copy = torch.empty_like(whole, device=self.host, pin_memory=tensor.is_cuda and self.host.type == "cpu")
             copy.copy_(whole, non_blocking=True)
-            if self.stream is not None:
-                whole.record_stream(self.stream)
+        if self.stream is not None:
+            self.moving = [whole]
         stored = _Stored(copy, tensor, self.newest)
         self.newest = weakref.ref(stored)
         return stored
@@ -102,21 +112,26 @@ class _Shelf:
             return kept
         stored, size, stride, offset = kept
         whole = self._fetch(stored)
-        if self.stream is not None:
-            current = torch.cuda.current_stream(stored.device)
-            current.wait_stream(self.stream)
-            whole.record_stream(current)
-            before = stored.before() if stored.before is not None else None
-            if before is not None:  # autograd asks for the newest first
-                before.fetched = self._fetch(before)
+        self.settle(stored.device)
+        before = stored.before() if stored.before is not None else None
+        if self.stream is not None and before is not None:  # autograd asks for the newest first
+            before.fetched = self._fetch(before)
+            self.moving = [before.fetched]
         stored.fetched = None
         return whole.as_strided(size, stride, offset)
+
+    def settle(self, device: torch.device | None = None) -> None:
+        """The computation waits for the copies under way."""
+        if self.stream is not None:
+            torch.cuda.current_stream(device or self.stream.device).wait_stream(self.stream)
+        self.moving.clear()
 
     def _fetch(self, stored: _Stored) -> Tensor:
         if stored.fetched is not None:
             return stored.fetched
+        whole = torch.empty_like(stored.copy, device=stored.device)
         with self._beside(stored.device):
-            return stored.copy.to(stored.device, non_blocking=True)
+            return whole.copy_(stored.copy, non_blocking=True)
 
     def _beside(self, device: torch.device) -> Any:
         """A stream that copies while the computation goes on, once what is there has been computed."""

@@ -24,10 +24,11 @@ def idle_offload(
     """For the duration, a prediction sends them to `host`, and a decode brings them to `device`.
 
     The rewards come after the decode and before they are asked, and leave when the video has its gradient; a step that
-    is recomputed in the backward pass runs when the decoder has had its own, which leaves then, too. Everything lies on
-    `device` at the end.
+    is recomputed in the backward pass runs when the decoder has had its own, which leaves then, too. At the end each
+    lies where it lay.
     """
     vae = model.parts()["vae"]
+    homes = [next(network.parameters()).device for network in (vae, *rewards)]
 
     def predicting(predict: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(predict)
@@ -52,7 +53,8 @@ def idle_offload(
     with ExitStack() as stack:
         stack.enter_context(wrapped(model, "predict", Depth.PLACE, predicting))
         stack.enter_context(wrapped(model, "decode", Depth.PLACE, decoding))
-        stack.callback(_move, [vae, *rewards], device)
+        for network, home in reversed(list(zip((vae, *rewards), homes, strict=True))):
+            stack.callback(_move, [network], home)
         yield
 
 

@@ -88,13 +88,14 @@ class Float8:
 
     @classmethod
     def of(cls, weight: Tensor) -> Float8:
-        scale = weight.detach().float().flatten(1).abs().amax(1).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
-        scale = scale.view(-1, *[1] * (weight.ndim - 1))
+        scale = weight.detach().float().flatten(1).abs().amax(1) / torch.finfo(torch.float8_e4m3fn).max
+        least = torch.finfo(weight.dtype).tiny  # smaller scales lose bits in float16
+        scale = scale.clamp(min=least).to(weight.dtype).view(-1, *[1] * (weight.ndim - 1))
         rounded = (weight.detach().float() / scale).to(torch.float8_e4m3fn)
         return cls(rounded.view(torch.uint8), scale, weight.dtype)  # bytes, which nobody takes for the type of a layer
 
     def unpack(self, data: Tensor, scale: Tensor) -> Tensor:
-        return data.view(torch.float8_e4m3fn).to(self.dtype) * scale.to(self.dtype)
+        return data.view(torch.float8_e4m3fn).to(self.dtype) * scale
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,12 @@ class NF4:
         scale = groups.abs().amax(1, keepdim=True).clamp(min=1e-12)
         middles = (quantiles()[1:] + quantiles()[:-1]) / 2
         index = torch.bucketize(groups / scale, middles.to(flat.device)).to(torch.uint8).view(-1, 2)
-        return cls(index[:, 0] * 16 + index[:, 1], scale.squeeze(1), weight.shape, weight.dtype)
+        data = (index[:, 0] * 16 + index[:, 1]).view(-1, *[1] * (weight.ndim - 1))  # a kernel keeps its dimensions
+        return cls(data, scale.squeeze(1), weight.shape, weight.dtype)
 
     def unpack(self, data: Tensor, scale: Tensor) -> Tensor:
-        pairs = torch.cartesian_prod(quantiles(), quantiles()).to(data.device, self.dtype)
-        groups = F.embedding(data.int(), pairs).view(-1, _GROUP) * scale.to(self.dtype)[:, None]
+        levels = F.embedding(data.flatten().int(), _pairs(data.device, self.dtype))
+        groups = levels.view(-1, _GROUP) * scale.to(self.dtype)[:, None]
         return groups.flatten()[: self.shape.numel()].view(self.shape)
 
 
@@ -132,3 +134,9 @@ def quantiles() -> Tensor:
     below = -torch.special.ndtri(torch.linspace(float(reach), 0.5, 8, dtype=torch.float64)[:-1])
     levels = torch.cat([above, torch.zeros(1, dtype=torch.float64), below]).sort().values
     return (levels / levels.abs().max()).float()
+
+
+@cache
+def _pairs(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[256, 2]: the levels that a byte stands for; kept, for a copy to the device holds up the program."""
+    return torch.cartesian_prod(quantiles(), quantiles()).to(device, dtype)

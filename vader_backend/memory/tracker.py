@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,18 @@ class MemoryTracker(TorchDispatchMode):
         """Count tensors that were there before."""
         for tensor in tensors:
             self._see(tensor)
+
+    @contextmanager
+    def swapped(self, out: Sequence[Tensor], into: Sequence[Tensor]) -> Iterator[None]:
+        """Within, tensors of the first device that are counted do not count, and others, which were not, do."""
+        away = sum(size for key, size in _storages(out).items() if key in self._known)
+        self.main.live -= away
+        self.add(into)
+        yield
+        self.main.live += away
+        for key, size in _storages(into).items():
+            if self._known.pop(key, None) is not None:
+                self.main.live -= size
 
     @contextmanager
     def phase(self, name: str, *, whole: bool = False) -> Iterator[None]:
@@ -88,6 +100,11 @@ class MemoryTracker(TorchDispatchMode):
     def _note(self) -> None:
         if self._phase:
             self.phases[self._phase] = max(self.phases.get(self._phase, 0), self.main.live)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes by storage, of which tensors may share one."""
+    return {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
 
 
 def tensors_of(networks: Iterable[torch.nn.Module]) -> Iterator[Tensor]:

@@ -5,7 +5,6 @@ Sources: HaCohen et al. 2024; diffusers' LTXPipeline and LTXImageToVideoPipeline
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, empty_from, load_frozen, names_pipeline, reading
+from ..loading import DTYPES, empty_from, load_frozen, names_pipeline, read_config, reading
 from ..process import Flow
 from ..types import Conditioning, VideoSpec
 from ._flow import dynamic_spacing
@@ -104,7 +103,7 @@ def build(config: Config) -> LTX:
 def _from_folder(folder: Path, config: Config) -> dict[str, Any]:
     dtype = DTYPES[config.dtype]
     with reading("scheduler configuration", folder):
-        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        scheduler = read_config(folder / "scheduler" / "scheduler_config.json")
     return {
         "denoiser": load_frozen(LTXVideoTransformer3DModel, folder / "transformer", dtype, "denoiser"),
         "vae": load_frozen(AutoencoderKLLTXVideo, folder / "vae", dtype, "autoencoder"),

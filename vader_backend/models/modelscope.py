@@ -5,7 +5,6 @@ Source: Wang et al. 2023; diffusers' TextToVideoSDPipeline. The mini text-to-vid
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ..config import check, option
-from ..loading import DTYPES, empty_from, load_frozen, names_pipeline, reading
+from ..loading import DTYPES, empty_from, load_frozen, names_pipeline, read_config, reading
 from ..process import Solver, VariancePreserving
 from ..stand_in import tokenizer as stand_in_tokenizer
 from ..types import Conditioning, VideoSpec
@@ -65,7 +64,7 @@ def build(config: Config) -> ModelScope:
     check(config)
     folder, dtype = Path(config.folder), DTYPES[config.dtype]
     with reading("scheduler configuration", folder):
-        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        scheduler = read_config(folder / "scheduler" / "scheduler_config.json")
     with reading("tokenizer", folder / "tokenizer"):
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     model = ModelScope(

@@ -11,7 +11,6 @@ A folder holds the published checkpoints side by side, each as it was published:
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, build_empty, build_frozen, read_tensors, reading
+from ..loading import DTYPES, build_empty, build_frozen, read_config, read_tensors, reading
 from ..process import Flow
 from ..types import Conditioning, VideoSpec
 from ._blocks import autoencoder_blocks
@@ -69,12 +68,10 @@ class Config:
 def matches(folder: Path) -> bool:
     """Whether transformer/config.json of a folder names STDiT3."""
     try:
-        config = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+        config = read_config(folder / "transformer" / "config.json")
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and (
-        config.get("model_type") == "STDiT3" or "STDiT3" in (config.get("architectures") or ())
-    )
+    return config.get("model_type") == "STDiT3" or "STDiT3" in (config.get("architectures") or ())
 
 
 def build(config: Config) -> OpenSora:
@@ -127,7 +124,7 @@ def _load_vae(folder: Path, dtype: torch.dtype) -> VideoAutoencoder:
 
 def _read(folder: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     with reading(f"{what}'s configuration", folder):
-        config = dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = read_config(folder / "config.json")
     return read_tensors(folder / "model.safetensors", what), config
 
 
@@ -137,7 +134,7 @@ def _load_text(folder: Path, dtype: torch.dtype, length: int) -> T5Text:
     if not files:
         raise InputError(f"{place} holds no weights; put the files of {_SOURCES['text_encoder']} there.")
     tensors = {key: value for file in files for key, value in read_weights(file, dtype, what).items()}
-    encoder = {key: value for key, value in tensors.items() if key.startswith(("encoder.", "shared."))}
+    encoder = {key: value for key, value in tensors.items() if not key.startswith(("decoder.", "lm_head."))}
     return T5Text(t5_network(encoder, dtype, place, umt5=False), _load_tokenizer(folder), length)
 
 

@@ -6,7 +6,6 @@ svd_xt.safetensors. Source of the conditioning: diffusers' StableVideoDiffusionP
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch.nn import functional
 from transformers import CLIPVisionModelWithProjection
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, load_frozen, names_pipeline, reading
+from ..loading import DTYPES, load_frozen, names_pipeline, read_config, reading
 from ..process import EDM
 from ..types import Conditioning, VideoSpec
 from . import _svd_keys as keys
@@ -127,7 +126,7 @@ def _from_file(path: Path, dtype: torch.dtype) -> dict[str, Any]:
 def _from_folder(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     with reading("scheduler and image configuration", folder):
         scheduler, image = (
-            json.loads((folder / name).read_text(encoding="utf-8"))
+            read_config(folder / name)
             for name in ("scheduler/scheduler_config.json", "feature_extractor/preprocessor_config.json")
         )
     return {

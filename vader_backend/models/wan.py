@@ -7,7 +7,6 @@ Sources: Wan Team 2025; diffusers' WanPipeline and WanImageToVideoPipeline. The 
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from ..config import InputError, check, option
-from ..loading import DTYPES, empty_from, load_frozen, names_pipeline, reading
+from ..loading import DTYPES, empty_from, load_frozen, names_pipeline, read_config, reading
 from ..process import Flow
 from ..types import Conditioning, VideoSpec
 from ._clip_image import CLIPImage, read_image_encoder
@@ -49,6 +48,7 @@ _TRANSFORMERS: Mapping[str, dict[str, Any]] = {
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 _TOKENS = 512
 _CHANNELS_2_2 = 48
+_MASKS = 4  # channels that say which frames of a latent are given
 _WAN_2_1 = Defaults(VideoSpec(frames=81, height=480, width=832, fps=16.0), steps=50, guidance=5.0)
 _WAN_2_2 = Defaults(VideoSpec(frames=121, height=704, width=1280, fps=24.0), steps=50, guidance=5.0)
 
@@ -115,8 +115,8 @@ def build(config: Config) -> Wan:
 def _from_folder(folder: Path, config: Config) -> dict[str, Any]:
     dtype = DTYPES[config.dtype]
     with reading("scheduler configuration", folder):
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+        index = read_config(folder / "model_index.json")
+        scheduler = read_config(folder / "scheduler" / "scheduler_config.json")
     if index.get("boundary_ratio") is not None or (index.get("transformer_2") or [None])[0] is not None:
         raise InputError(
             f"{folder.name} has two transformers (Wan 2.2 A14B), which is not supported; use Wan 2.1 or 5B."
@@ -141,9 +141,8 @@ def _from_files(path: Path, config: Config) -> dict[str, Any]:
             raise InputError(f"{path.name} holds the transformer only; set {name} to the file or folder of {what}.")
     dtype, vae = DTYPES[config.dtype], Path(config.vae)
     denoiser = read_transformer(path, dtype)
-    newer = denoiser.config.in_channels == _CHANNELS_2_2
-    if denoiser.config.in_channels != denoiser.config.out_channels and denoiser.config.image_dim is None:
-        raise InputError(f"{path.name} is half of a Wan 2.2 A14B model, which is not supported; use Wan 2.1 or 5B.")
+    newer = denoiser.config.out_channels == _CHANNELS_2_2
+    _refuse_variant(denoiser, path.name)
     return {
         "denoiser": denoiser,
         "vae": load_frozen(AutoencoderKLWan, vae, dtype, "autoencoder") if vae.is_dir() else read_vae(vae, dtype),
@@ -152,6 +151,19 @@ def _from_files(path: Path, config: Config) -> dict[str, Any]:
         "process": _process(newer, config),
         "first_frame": newer,
     }
+
+
+def _refuse_variant(denoiser: WanTransformer3DModel, name: str) -> None:
+    """Raises InputError where the input is not noise, or noise with a mask and the latents of a start image."""
+    taken, made = denoiser.config.in_channels, denoiser.config.out_channels
+    images, with_image = denoiser.config.image_dim is not None, 2 * made + _MASKS
+    if taken == with_image and not images:
+        raise InputError(f"{name} is half of a Wan 2.2 A14B model, which is not supported; use Wan 2.1 or 5B.")
+    if taken != (with_image if images else made):
+        raise InputError(
+            f"{name} takes {taken} channels, as variants of Wan for control do, which are not supported; use a plain "
+            "text- or image-to-video one."
+        )
 
 
 def full_size(name: str, config: Config) -> Wan:
