@@ -48,3 +48,11 @@ def workspace(networks: Iterable[nn.Module]) -> Iterator[None]:
             for network in networks:
                 network.to("cpu")
             program.release()
+            _release_pinned()
+
+
+def _release_pinned() -> None:
+    """Main memory that torch keeps for copies to and from the device, where this torch can give it back."""
+    release = getattr(getattr(torch, "accelerator", None), "empty_host_cache", None)
+    if release is not None and torch.cuda.is_available():
+        release()

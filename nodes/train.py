@@ -89,9 +89,11 @@ class VaderTrainLoRA:
         return schema.verdict(attempt)
 
     @classmethod
-    def CHECK(cls, model: VideoModel, reward: Reward, prompts: PromptSet, **values: Any) -> None:
+    def CHECK(
+        cls, model: VideoModel, reward: Reward, prompts: PromptSet, memory: MemoryConfig | None = None, **values: Any
+    ) -> None:
         """Raises InputError for inputs that do not fit each other; the headless runner asks before any long work."""
-        check_inputs(model, reward, prompts, settings_of(values))
+        check_inputs(model, reward, prompts, settings_of(values), memory or automatic())
 
     def train(
         self,

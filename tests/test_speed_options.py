@@ -20,6 +20,7 @@ from vader_nodes.vader_backend.compiled_rollout import compiled_rollout
 from vader_nodes.vader_backend.config import InputError
 from vader_nodes.vader_backend.generate import VideoConfig
 from vader_nodes.vader_backend.lora import LoraConfig, attached
+from vader_nodes.vader_backend.memory.options import MemoryConfig
 from vader_nodes.vader_backend.models.modelscope import ModelScope
 from vader_nodes.vader_backend.objectives import vader
 from vader_nodes.vader_backend.prompts import PromptSet
@@ -197,6 +198,14 @@ def test_a_machine_that_cannot_compile_says_so() -> None:
     refused = pytest.raises(InputError, match=r"no compiler.*turn compile_rollout off")
     with refused, compiled_rollout(model, backend), torch.no_grad():  # type: ignore[arg-type]
         model.denoiser(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(resident_gb=1), MemoryConfig(weight_storage="nf4")])
+def test_weights_that_come_and_go_are_not_compiled(model: ModelScope, tmp_path: Path, memory: MemoryConfig) -> None:
+    settings = Settings(vader.Config(), train=TrainOptions(compile_rollout=True))
+    with pytest.raises(InputError, match="compile_rollout needs all of the denoiser's weights"):
+        align(model, Brightness(), PROMPTS, settings, root=tmp_path, memory=memory)  # type: ignore[arg-type]
+    assert not list(tmp_path.glob("vader*"))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from vader_nodes.vader_backend.align import AlignResult, Settings, align
 from vader_nodes.vader_backend.generate import VideoConfig
 from vader_nodes.vader_backend.lora import LoraConfig, attached
+from vader_nodes.vader_backend.memory.options import MemoryConfig
 from vader_nodes.vader_backend.objectives import vader
 from vader_nodes.vader_backend.prompts import PromptSet
 from vader_nodes.vader_backend.rewards.base import SingleReward
@@ -85,6 +87,25 @@ def test_previews_are_made_a_batch_at_a_time_and_do_not_depend_on_it(tmp_path: P
     assert parts.prompts == whole.prompts == prompts.held_out
     for one, other in ((parts.video_BTCHW, whole.video_BTCHW), (parts.rewards, whole.rewards)):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_a_run_is_found_again_with_other_memory_settings_that_leave_the_result(tmp_path: Path) -> None:
+    """ModelScope's decoder is not taken in tiles, as it normalizes over the whole picture."""
+    model = tiny_model(tmp_path, torch.float32)
+
+    def trained(**memory: Any) -> AlignResult:
+        return align(
+            model,
+            Brightness(),
+            PROMPTS,
+            settings(),
+            root=tmp_path / "runs",
+            memory=MemoryConfig(**memory),  # type: ignore[arg-type]
+        )
+
+    trained(decode_tile=512, gradient_checkpointing=True)
+    assert trained(decode_tile=256, stepwise=True).reused
+    assert not trained(weight_storage="float8").reused
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from .checkpoint import require_space
 from .compiled_rollout import compiled_rollout
-from .config import check
+from .config import InputError, check
 from .generate import VideoConfig
 from .loading import fingerprint
 from .lora import LoraConfig, LoraWeights, attached, export
-from .memory.options import MemoryConfig, tricks
+from .memory.options import AS_LOADED, MemoryConfig, tricks
 from .models.base import VideoModel
 from .objectives.base import Validation
 from .placement import Place, residents
@@ -93,8 +93,8 @@ def align(
         InputError: a setting, prompt, reward or LoRA does not fit; nothing has been written then.
         TrainingError: training diverged.
     """
-    check_inputs(model, reward, prompts, settings)
     hooks, memory, place = hooks or Hooks(), memory or MemoryConfig(), place or Place(model.device)
+    check_inputs(model, reward, prompts, settings, memory)
     video = settings.video.resolve(model)
     shape = settings.lora.resolve(model)
     with ExitStack() as stack:
@@ -130,13 +130,20 @@ def align(
     return _result(lora, curves, folder, reused=False)
 
 
-def check_inputs(model: VideoModel, reward: Reward, prompts: PromptSet, settings: Settings) -> None:
+def check_inputs(
+    model: VideoModel, reward: Reward, prompts: PromptSet, settings: Settings, memory: MemoryConfig
+) -> None:
     """Refuse what cannot be trained, in no time.
 
     Raises:
         InputError: a setting, prompt or reward does not fit.
     """
     settings.check()
+    if settings.train.compile_rollout and (memory.resident_gb or memory.weight_storage != AS_LOADED):
+        raise InputError(
+            "compile_rollout needs all of the denoiser's weights on the device, as loaded; turn it off, or connect a "
+            f"Memory node with preset custom, resident_gb 0 and weight_storage {AS_LOADED}."
+        )
     settings.video.resolve(model)
     load("objectives", settings.method).check_inputs(settings.objective, model, reward, prompts)
 
@@ -202,7 +209,7 @@ def _configuration(
             "images": _digest(dict(enumerate(prompts.images))),
         },
         "settings": asdict(settings),
-        "memory": memory.changes(),
+        "memory": memory.changes(model),
         "start": _digest(start),
         "processes": processes,
     }

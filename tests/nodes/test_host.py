@@ -68,6 +68,20 @@ def test_workspace_leaves_inference_mode_and_puts_networks_back() -> None:
     assert network.weight.device.type == "cpu"
 
 
+def test_a_workspace_gives_pinned_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    monkeypatch.setattr(torch.accelerator, "empty_host_cache", lambda: given.append(True))
+    with device.workspace([]):
+        pass
+    assert given == [True] * torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(host.Alone, "device", lambda self: torch.device("cpu"))
+    monkeypatch.setattr(host.Alone, "release", lambda self: None)
+    with device.workspace([]):
+        given.clear()
+    assert given == [True]
+
+
 def test_a_full_device_is_told_with_what_to_try() -> None:
     told = pytest.raises(torch.cuda.OutOfMemoryError, match=r"Connect a Memory node .*batch_size.*20 GiB")
     with told as error, device.workspace([]), device.training_mode():

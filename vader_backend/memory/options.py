@@ -20,7 +20,7 @@ from .low_bit import STORAGES, low_bit
 from .one_by_one import one_by_one
 from .sliced_decode import sliced_decode
 from .stepwise import stepwise
-from .tiled_decode import tiled_decode
+from .tiled_decode import may_be_tiled, tiled_decode
 
 AS_LOADED = "as loaded"
 
@@ -62,10 +62,10 @@ class MemoryConfig:
         choices=(AS_LOADED, *STORAGES),
     )
 
-    def changes(self) -> dict[str, Any]:
-        """The settings that change results, where they are not at rest."""
+    def changes(self, model: VideoModel) -> dict[str, Any]:
+        """The settings that change a model's results, where they are not at rest."""
         rest = MemoryConfig()
-        names = ("decode_tile", "weight_storage")
+        names = ("weight_storage", *(("decode_tile",) if may_be_tiled(model.parts()["vae"]) else ()))
         return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(rest, name)}
 
     def chosen(self) -> str:

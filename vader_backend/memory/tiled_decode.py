@@ -29,11 +29,16 @@ Decode = Callable[[Tensor, Sequence[int]], Tensor]
 def tiled_decode(model: VideoModel, tile: int) -> Iterator[None]:
     """For the duration, gradients through pictures of more than `tile` latents on a side are taken in such tiles."""
     vae = model.parts()["vae"]
-    if any(isinstance(module, nn.GroupNorm) for module in vae.modules()):
+    if not may_be_tiled(vae):
         yield
         return
     with watched(vae) as mixing, wrapped(model, "decode", Depth.DIVIDE, partial(_tiled, tile, mixing)):
         yield
+
+
+def may_be_tiled(vae: nn.Module) -> bool:
+    """Whether no layer of an autoencoder normalizes over the whole picture."""
+    return not any(isinstance(module, nn.GroupNorm) for module in vae.modules())
 
 
 def _tiled(tile: int, mixing: bool, decode: Decode) -> Decode:
