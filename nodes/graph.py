@@ -80,8 +80,8 @@ def _check_ahead(nodes: list[Node], classes: Classes, results: Mapping[str, tupl
         if check is None:
             continue
         ready = {k: v for k, v in node.inputs.items() if not is_link(v) or v[0] in results}
-        needed = [p.name for p in inspect.signature(check).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-        if all(name in ready for name in needed):
+        named = [p for p in inspect.signature(check).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if all(p.name in ready for p in named if p.default is p.empty):
             check(**_linked(replace(node, inputs=ready), results))
 
 

@@ -46,14 +46,14 @@ def low_bit(model: VideoModel, storage: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for block in model.blocks:
-            weights = [found for found in frozen_weights(block) if found[2].ndim > 1]
-            packs = {(module, name): STORAGES[storage](tensor) for module, name, tensor in weights}
-            for module, name, tensor in weights:
-                stack.callback(_restore, module, name, tensor)
-                pack = packs[module, name]
-                module._parameters[name] = nn.Parameter(pack.data, requires_grad=False)
-                module._buffers[f"{name}_scale"] = pack.scale
+            packs: dict[tuple[nn.Module, str], Packed] = {}
             stack.enter_context(wrapped(block, "forward", Depth.UNPACK, partial(_unpacking, packs)))
+            for module, name, tensor in frozen_weights(block):
+                if tensor.ndim > 1:
+                    pack = packs[module, name] = STORAGES[storage](tensor)
+                    stack.callback(_restore, module, name, tensor)
+                    module._parameters[name] = nn.Parameter(pack.data, requires_grad=False)
+                    module._buffers[f"{name}_scale"] = pack.scale
         yield
 
 
